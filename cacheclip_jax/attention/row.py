@@ -1,0 +1,35 @@
+"""Row attention, the one entry, and its dense reference."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cacheclip_jax.attention.blocked import blocked
+from cacheclip_jax.precision import precision
+
+
+def row_attention(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"],
+                  positions: Int[Array, "T"]) -> Float[Array, "T N H"]:
+    """Attention of rows to every cache slot at or before their own position: slot s is seen by row t iff
+    s <= positions[t].
+
+    Rows must be sorted by position, with padding rows (position -1, output zero) at the end: blocks of slots after a
+    block's last position are skipped, not masked. Scale is H ** -0.5; N must be a multiple of K.
+    """
+    return blocked(q, k, v, positions)
+
+
+def row_attention_reference(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"],
+                            positions: Int[Array, "T"]) -> Float[Array, "T N H"]:
+    """The same in a few lines with a T x S mask, in float32: what every implementation is tested against."""
+    T, N, H = q.shape
+    K, S, _ = k.shape
+    grouped = q.reshape(T, K, N // K, H).astype(jnp.float32)
+    scores = jnp.einsum("tkgh,ksh->kgts", grouped, k.astype(jnp.float32), precision=precision(jnp.float32)) * H**-0.5
+    seen = jnp.arange(S) <= positions[:, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    weights = jnp.where(seen, jnp.exp(scores - scores.max(-1, keepdims=True, initial=-1e30)), 0)
+    weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    out = jnp.einsum("kgts,ksh->tkgh", weights, v.astype(jnp.float32), precision=precision(jnp.float32))
+    return out.reshape(T, N, H).astype(q.dtype)

@@ -1,0 +1,346 @@
+"""CacheClip: load a model pair and a store, index documents, answer questions from repaired caches."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from cacheclip_jax import compiles
+from cacheclip_jax.answer import Result
+from cacheclip_jax.assemble import KVCache, concatenate, empty, place
+from cacheclip_jax.bucket import bucket
+from cacheclip_jax.caches import ChunkCaches, Fetch, Fetched
+from cacheclip_jax.clock import Clock
+from cacheclip_jax.decode import Sampling, TextStream
+from cacheclip_jax.documents import Document, split
+from cacheclip_jax.errors import BadInput, ContextTooLong
+from cacheclip_jax.methods import Method, Plan, Request, make
+from cacheclip_jax.model.load import Model, load_model
+from cacheclip_jax.prompt import Prompt, PromptFormat
+from cacheclip_jax.recompute import continuation_logits, recompute
+from cacheclip_jax.retrieve import Retriever
+from cacheclip_jax.score import Scoring, map_scores, score
+from cacheclip_jax.select import Budget
+from cacheclip_jax.model.tokenizer import nfc
+from cacheclip_jax.store import ChunkStore, Passage, is_chunk_id
+from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
+
+Chunk = str | Passage
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What `index` did: passages seen, chunk caches made and found, tokens encoded (both models), bytes, seconds."""
+
+    documents: int
+    passages: tuple[str, ...]
+    encoded: int
+    found: int
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+@dataclass
+class Prefill:
+    """A prompt whose cache is ready to decode from: the repaired cache and the last row's logits."""
+
+    prompt: Prompt
+    passages: tuple[Passage, ...]
+    method: str
+    plan: Plan
+    logits: jax.Array  # [V]
+    cache: KVCache
+    fetched: Fetched
+    clock: Clock
+    compiled_before: int
+
+
+class CacheClip:
+    """KV-cache reuse for RAG: encode passages once, answer by recomputing the few tokens that matter.
+
+        clip = CacheClip.load("qwen2.5-coder-0.5b", aux="smollm2-135m", store="./store")
+        clip.index(["...a document...", "...another..."])
+        print(clip.ask("Who keeps the north light?").text)
+    """
+
+    def __init__(self, primary: Model, aux: Model | None, store: ChunkStore, *,
+                 prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None):  # noqa: B008 (frozen)
+        self.store = store
+        self.primary = ChunkCaches(primary, store, prompt_format)
+        self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
+        limit = primary.config.max_positions
+        if max_context is not None and not 1 <= max_context <= limit:
+            raise BadInput(f"max_context={max_context} is out of range: {primary.name} has {limit} positions")
+        self.max_context = max_context or limit
+        self._retriever: tuple[int, Retriever] | None = None
+
+    @classmethod
+    def load(cls, primary: str | Path, aux: str | Path | None = None, store: str | Path = "cacheclip-store", *,
+             dtype: str = "bfloat16", aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
+             prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None) -> CacheClip:  # noqa: B008
+        """Load both models and open (or make) a store.
+
+        Args:
+          primary, aux: a name that `cacheclip pull` knows, a Hugging Face directory or hub id, or a .gguf file. Without
+            an aux model every method but `cacheclip` works.
+          store: a path, or any URL that TensorStore takes (memory://, s3://, gs://).
+          dtype: of weights and caches, float32, bfloat16 or float16.
+          aux_device: "cpu" runs the aux model on the host's CPU, beside the accelerator.
+          mesh: splits the primary over its axis "model".
+
+        Raises UnsupportedModel, BadModelFile or StoreError, each saying what to do.
+        """
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise BadInput(f"dtype {dtype!r} isn't supported: choose float32, bfloat16 or float16")
+        enable_compilation_cache()
+        opened = ChunkStore.open(store)
+        big = load_model(primary, dtype=dtype, mesh=mesh)
+        small = None
+        if aux is not None:
+            cpu = aux_device == "cpu" and jax.default_backend() != "cpu"
+            small_mesh = Mesh(np.array(jax.devices("cpu")[:1]), "model", axis_types=(AxisType.Auto,)) if cpu else mesh
+            same = str(aux) == str(primary) and small_mesh is mesh
+            small = big if same else load_model(aux, dtype=dtype, mesh=small_mesh)
+        return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context)
+
+    # ---------------------------------------------------------------- index
+
+    def index(self, items: Iterable[str | Document | Passage], *, chunk_tokens: int = 256, overlap: int = 0,
+              progress: Callable[[str, int], None] | None = None) -> IndexReport:
+        """Split documents into passages, encode them with both models, store the caches.
+
+        Texts and documents are split to `chunk_tokens` tokens of the primary; a Passage is taken as it is. What is in
+        the store already is found, not made again, so an interrupted call resumes. `progress(kind, n)` hears of
+        "documents", "tokens", "bytes".
+
+        Raises BadInput when there is nothing to index.
+        """
+        tell = progress or (lambda kind, n: None)
+        started, documents, encoded, found, tokens, size = time.perf_counter(), 0, 0, 0, 0, 0
+        ids: list[str] = []
+        for passages, count in self._windows(items, chunk_tokens, overlap):
+            documents += count
+            ids += [p.id for p in passages]
+            self.store.add_passages(passages)
+            for caches in self._models():
+                missing = caches.missing(passages)
+                found += len({caches.encoded(p).ids for p in passages}) - len(missing)
+                writes = []
+                for passage, kv in caches.encode(missing, "shared"):
+                    writes.append(caches.write(passage, "shared", kv))
+                    encoded, tokens, size = encoded + 1, tokens + kv.shape[3], size + kv.nbytes
+                    tell("tokens", kv.shape[3])
+                    tell("bytes", kv.nbytes)
+                for write in writes:
+                    write.result()
+            tell("documents", count)
+        if not ids:
+            raise BadInput("there is nothing to index: every document is empty")
+        self._retriever = None
+        return IndexReport(documents, tuple(ids), encoded, found, tokens, size, time.perf_counter() - started)
+
+    def _windows(self, items: Iterable[str | Document | Passage], chunk_tokens: int, overlap: int
+                 ) -> Iterator[tuple[list[Passage], int]]:
+        """Passages of a few documents at a time: bounds memory, and each window is committed before the next."""
+        passages: list[Passage] = []
+        count = 0
+        for item in items:
+            if isinstance(item, Passage):
+                passages.append(item)
+            else:
+                document = Document(item) if isinstance(item, str) else item
+                passages += split(document, self.primary.model.tokenizer, chunk_tokens, overlap)
+            count += 1
+            if len(passages) >= 64:
+                yield passages, count
+                passages, count = [], 0
+        if count:
+            yield passages, count
+
+    def _models(self) -> list[ChunkCaches]:
+        one = self.aux is None or self.aux.model is self.primary.model
+        return [self.primary] if one else [self.primary, self.aux]  # type: ignore[list-item]
+
+    # ---------------------------------------------------------------- ask
+
+    def retrieve(self, question: str, k: int = 8) -> list[Passage]:
+        """The store's k best passages for a question by BM25, the best one last."""
+        stored = self.store.passages()
+        if self._retriever is None or self._retriever[0] != len(stored):
+            self._retriever = (len(stored), Retriever(stored))
+        return self._retriever[1].top(question, k)
+
+    def ask(self, question: str, chunks: Sequence[Chunk] | None = None, **options: Any) -> Result:
+        """Answer a question from chunks; see `stream` for the options."""
+        stream = self.stream(question, chunks, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(self, question: str, chunks: Sequence[Chunk] | None = None, *, method: str | Method = "cacheclip",
+               ratio: float | None = None, budget: Budget | None = None, passages: int = 8,
+               sampling: Sampling = Sampling(), max_new_tokens: int = 128,  # noqa: B008 (frozen)
+               stop: Sequence[str] = ()) -> AnswerStream:
+        """Answer a question piece by piece: returns when the first token is there; iterate for text, then read
+        `.result`.
+
+        Args:
+          chunks: ids of stored passages, Passages, or texts, in the order of the prompt; None retrieves `passages` of
+            them by BM25. What the store doesn't hold is encoded on the fly, and the result says so.
+          method: a name ("cacheclip", "full", "prefix", "naive", "naive-none", "random") or a configured Method.
+          ratio: share of context tokens to recompute, 0 to 1 (default 0.2); or `budget` for a token count or a share of
+            the score mass.
+
+        Raises BadInput for an empty question, an unknown chunk id or a ratio outside 0..1, ContextTooLong with the
+        numbers when prompt and answer don't fit.
+        """
+        if max_new_tokens < 1:
+            raise BadInput(f"max_new_tokens={max_new_tokens} is out of range: it must be 1 or more")
+        text = TextStream(self.primary.model.tokenizer.decode, stop)  # refuses bad stop strings before any work
+        prefill = self.prefill(question, chunks, method=method, ratio=ratio, budget=budget, passages=passages,
+                               reserve=max_new_tokens)
+        return AnswerStream(self.primary.model, prefill, text, sampling, max_new_tokens)
+
+    def prefill(self, question: str, chunks: Sequence[Chunk] | None = None, *, method: str | Method = "cacheclip",
+                ratio: float | None = None, budget: Budget | None = None, passages: int = 8, reserve: int = 0) -> Prefill:
+        """Everything up to the first token's logits: score, load, assemble, recompute.
+
+        `reserve` slots are kept free in the cache for tokens that will be decoded. See `stream` for the rest.
+        """
+        clock = Clock()
+        compiled = compiles.count()
+        method = self._method(method, ratio, budget)
+        with clock("retrieve"):
+            chosen = self._passages(question, chunks, passages)
+        prompt = self.primary.prompt(chosen, question)
+        _check_length(prompt, reserve, self.max_context, self.primary.model.name)
+        fetch = self.primary.start(chosen, method.caches) if method.caches else None
+        fetched = Fetched(kv=[])
+
+        def aux_scores(scoring: Scoring) -> np.ndarray:
+            with clock("score"):
+                return self._aux_scores(chosen, question, prompt, scoring, fetched, clock)
+
+        with clock("select"):
+            plan = method.plan(Request(prompt, aux_scores))
+        slots = bucket(len(prompt.ids) + reserve + DECODE_STEPS, 256, steps=4)
+        logits, cache = self._repair(prompt, plan, fetch, fetched, slots, clock)
+        return Prefill(prompt, tuple(chosen), method.name, plan, logits, cache, fetched, clock, compiled)
+
+    def continuation(self, prefill: Prefill, ids: Sequence[int]) -> np.ndarray:
+        """Logits [len(ids), V] after each of `ids`, fed as the answer so far; uses the prefill's cache up."""
+        start = len(prefill.prompt.ids)
+        if start + len(ids) > prefill.cache.slots:
+            raise BadInput(f"{len(ids)} tokens don't fit the cache: prefill with reserve={len(ids)} or more")
+        rows, positions = _padded(ids, start + np.arange(len(ids)), minimum=16)
+        model = self.primary.model
+        return np.asarray(continuation_logits(model.params, model.config, rows, positions, prefill.cache))[: len(ids)]
+
+    def _method(self, method: str | Method, ratio: float | None, budget: Budget | None) -> Method:
+        if ratio is not None and budget is not None:
+            raise BadInput("give a ratio or a budget, not both")
+        if ratio is not None:
+            budget = Budget(ratio=ratio)
+        if isinstance(method, str):
+            return make(method, budget)
+        if budget is not None:
+            raise BadInput(f"the method {method.name} is configured already: set its budget there, not beside it")
+        return method
+
+    def _passages(self, question: str, chunks: Sequence[Chunk] | None, k: int) -> list[Passage]:
+        if chunks is None:
+            return self.retrieve(question, k)
+        if isinstance(chunks, str) or not chunks:
+            raise BadInput("chunks must be a non-empty list of chunk ids, passages or texts")
+        # A stored chunk's id is 16 hex digits (or enough of them); whatever else is a string is a text.
+        return [c if isinstance(c, Passage) else self.store.passage(c) if is_chunk_id(c) else
+                Passage.make(nfc(c)) for c in chunks]
+
+    def _aux_scores(self, passages: Sequence[Passage], question: str, prompt: Prompt, scoring: Scoring,
+                    accounting: Fetched, clock: Clock) -> np.ndarray:
+        """One score per context token of the primary's `prompt`."""
+        if self.aux is None:
+            raise BadInput("the method cacheclip needs an aux model: load one with aux=..., or choose another method")
+        model, cfg = self.aux.model, self.aux.model.config
+        own = self.aux.prompt(passages, question)
+        _check_length(own, 0, cfg.max_positions, f"the aux model {model.name}")
+        slots = bucket(len(own.ids), 256, steps=4)
+        if scoring.context == "joint":
+            _, cache = self._rows(model, own.ids[: own.question_start], np.arange(own.question_start),
+                                  empty(cfg, slots, self.aux.dtype))
+        else:
+            fetched = self.aux.start(passages, "shared").result(clock)
+            accounting.absorb(fetched)
+            cache = place(cfg, concatenate(cfg, slots, [self.aux.prefix_kv(), *fetched.kv], self.aux.dtype))
+        ids, positions = _padded(own.question, own.question_start + np.arange(len(own.question)), minimum=16)
+        scores = np.asarray(score(model.params, cfg, scoring, ids, positions, np.int32(len(own.question) - 1), cache))
+        mapped, start = [], len(own.prefix)
+        for theirs, ours in zip(own.chunks, prompt.chunks, strict=True):
+            mapped.append(map_scores(scores[start : start + len(theirs.ids)], theirs.spans, ours.spans))
+            start += len(theirs.ids)
+        return np.concatenate(mapped)
+
+    def _repair(self, prompt: Prompt, plan: Plan, fetch: Fetch | None, fetched: Fetched, slots: int, clock: Clock
+                ) -> tuple[jax.Array, KVCache]:
+        """Assemble the cache and push the plan's rows and the question through the primary."""
+        model, cfg = self.primary.model, self.primary.model.config
+        if fetch is None:
+            cache = empty(cfg, slots, self.primary.dtype)
+            positions = np.arange(len(prompt.ids))
+        else:
+            per_chunk = np.split(plan.recompute, np.cumsum(prompt.chunk_lengths)[:-1])
+            with clock("load"):
+                loaded = fetch.result(clock, wanted=[not mask.all() for mask in per_chunk])
+                fetched.absorb(loaded)
+                prefix = self.primary.prefix_kv()
+            with clock("assemble"):
+                shape = (cfg.num_layers, 2, cfg.num_kv_heads)
+                parts = [np.broadcast_to(prefix[:1, :1, :1, :1, :1], (*shape, n, cfg.head_dim)) if kv is None else kv
+                         for kv, n in zip(loaded.kv, prompt.chunk_lengths, strict=True)]
+                cache = place(cfg, concatenate(cfg, slots, [prefix, *parts], self.primary.dtype))
+                jax.block_until_ready(cache)
+            context = len(prompt.prefix) + np.flatnonzero(plan.recompute)
+            positions = np.concatenate([context, np.arange(prompt.question_start, len(prompt.ids))])
+        with clock("recompute"):
+            logits, cache = self._rows(model, prompt.ids[positions], positions, cache)
+            jax.block_until_ready(logits)
+        return logits, cache
+
+    @staticmethod
+    def _rows(model: Model, ids: np.ndarray, positions: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        padded_ids, padded_positions = _padded(ids, positions)
+        return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache)
+
+
+def _padded(ids: Sequence[int] | np.ndarray, positions: np.ndarray, minimum: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded to their bucket: ids with 0, positions with -1."""
+    size = bucket(len(ids), minimum)
+    out_ids, out_positions = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+    out_ids[: len(ids)], out_positions[: len(ids)] = ids, positions
+    return out_ids, out_positions
+
+
+def _check_length(prompt: Prompt, reserve: int, limit: int, who: str) -> None:
+    total = len(prompt.ids) + reserve
+    if total > limit:
+        raise ContextTooLong(
+            f"the prompt doesn't fit {who}: prefix {len(prompt.prefix)} + {len(prompt.chunks)} chunks "
+            f"{prompt.context_tokens} + question {len(prompt.question)} + answer {reserve} = {total} tokens, "
+            f"the limit is {limit}. Take fewer or shorter chunks, or a shorter answer.")
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk between processes, unless JAX is configured already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        directory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cacheclip" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,41 @@
+"""Methods behind one interface: each says which context tokens to recompute, over which caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.methods.cacheclip import AuxGuided
+from cacheclip_jax.methods.full import Full
+from cacheclip_jax.methods.given import Given
+from cacheclip_jax.methods.method import Method, Plan, Request
+from cacheclip_jax.methods.naive import Naive
+from cacheclip_jax.methods.prefix import Prefix
+from cacheclip_jax.methods.random import Random
+from cacheclip_jax.select import Budget
+
+METHODS: dict[str, Any] = {
+    "full": Full,
+    "prefix": Prefix,
+    "naive": Naive,
+    "random": Random,
+    "cacheclip": AuxGuided,
+    "given": Given,
+}
+
+__all__ = ["METHODS", "AuxGuided", "Full", "Given", "Method", "Naive", "Plan", "Prefix", "Random", "Request", "make"]
+
+
+def make(name: str, budget: Budget | None = None, **settings: Any) -> Method:
+    """A method by name; "naive-none" is naive reuse without the shared prefix.
+
+    `budget` is for the methods that have one and ignored by the others, whose share of recomputed tokens is fixed.
+    """
+    if name == "naive-none":
+        name, settings = "naive", {"prefix": "none", **settings}
+    if name not in METHODS:
+        raise BadInput(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}, naive-none")
+    kind = METHODS[name]
+    if budget is not None and "budget" in kind.__dataclass_fields__:
+        settings = {"budget": budget, **settings}
+    return kind(**settings)

@@ -1,0 +1,24 @@
+"""CacheClip (arXiv 2510.10129): the aux model scores tokens, the best groups are recomputed."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from cacheclip_jax.methods.method import Caches, Plan, Request
+from cacheclip_jax.score import Scoring
+from cacheclip_jax.select import Budget, Groups, Windows, select
+
+
+@dataclass(frozen=True)
+class AuxGuided:
+    """Recompute the groups of tokens that the aux model's attention ranks highest for the question."""
+
+    budget: Budget = field(default_factory=lambda: Budget(ratio=0.2))
+    scoring: Scoring = field(default_factory=Scoring)
+    grouping: Groups | Windows = field(default_factory=Groups)
+    name: ClassVar[str] = "cacheclip"
+    caches: ClassVar[Caches] = "shared"
+
+    def plan(self, request: Request) -> Plan:
+        """The best groups by aux score, until the budget is spent."""
+        scores = request.aux_scores(self.scoring)
+        return Plan(select(scores, request.prompt.chunk_lengths, self.budget, self.grouping), scores)

@@ -1,0 +1,24 @@
+"""Prefix caching: what serving engines do today."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from cacheclip_jax.methods.method import Caches, Plan, Request
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Reuse only what an unchanged prefix allows, the shared prefix and the first chunk; exact, like full prefill.
+
+    The first chunk's cache saw the shared prefix and nothing else, just as in this prompt; every later chunk would have
+    seen other chunks.
+    """
+
+    name: ClassVar[str] = "prefix"
+    caches: ClassVar[Caches] = "shared"
+
+    def plan(self, request: Request) -> Plan:
+        """Every context token after the first chunk."""
+        return Plan(np.arange(request.prompt.context_tokens) >= request.prompt.chunk_lengths[0])

@@ -1,0 +1,67 @@
+"""The decoder's parts as pure functions over rows: embed, project to q/k/v, finish a layer, logits.
+
+A layer is `project` -> attention (the caller's: it decides what the rows see) -> `finish`. Encoding, scoring,
+recompute and decoding differ in the attention between the two, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cacheclip_jax.model.config import ModelConfig
+from cacheclip_jax.model.params import Layer, Params
+from cacheclip_jax.precision import precision
+
+
+def embed(params: Params, ids: Int[Array, "T"]) -> Float[Array, "T D"]:
+    """Embedding rows of token ids."""
+    return params.embed[ids]
+
+
+def layer_at(layers: Layer, index: Int[Array, ""] | int) -> Layer:
+    """One layer of the stacked weights."""
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), layers)
+
+
+def project(x: Float[Array, "T D"], layer: Layer, cfg: ModelConfig
+            ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """Queries, keys and values of rows, before RoPE."""
+    with jax.named_scope("project"):
+        x = _norm(x, layer.attn_norm, cfg)
+        q = _linear(x, layer.q, layer.q_bias).reshape(-1, cfg.num_heads, cfg.head_dim)
+        k = _linear(x, layer.k, layer.k_bias).reshape(-1, cfg.num_kv_heads, cfg.head_dim)
+        v = _linear(x, layer.v, layer.v_bias).reshape(-1, cfg.num_kv_heads, cfg.head_dim)
+        if cfg.qk_norm:
+            q, k = _norm(q, layer.q_norm, cfg), _norm(k, layer.k_norm, cfg)
+        return q, k, v
+
+
+def finish(x: Float[Array, "T D"], attended: Float[Array, "T N H"], layer: Layer, cfg: ModelConfig
+           ) -> Float[Array, "T D"]:
+    """The rest of a layer: output projection, residual, MLP, residual."""
+    with jax.named_scope("finish"):
+        x = x + _linear(attended.reshape(x.shape[0], -1), layer.o, layer.o_bias)
+        h = _norm(x, layer.mlp_norm, cfg)
+        gate = jax.nn.silu(_linear(h, layer.gate, layer.gate_bias).astype(jnp.float32)).astype(x.dtype)
+        return x + _linear(gate * _linear(h, layer.up, layer.up_bias), layer.down, layer.down_bias)
+
+
+def logits(params: Params, cfg: ModelConfig, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+    """Next-token logits of rows that left the last layer, float32."""
+    head = params.embed if params.head is None else params.head
+    x = _norm(x, params.final_norm, cfg)
+    return jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32, precision=precision(x.dtype))
+
+
+def _norm(x: Float[Array, "... D"], weight: Float[Array, "D"], cfg: ModelConfig) -> Float[Array, "... D"]:
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + cfg.norm_eps)
+    return (x32 * scale).astype(x.dtype) * weight
+
+
+def _linear(x: Float[Array, "T I"], weight: Float[Array, "O I"], bias: Float[Array, "O"] | None
+            ) -> Float[Array, "T O"]:
+    y = jnp.einsum("ti,oi->to", x, weight, preferred_element_type=jnp.float32, precision=precision(x.dtype))
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)

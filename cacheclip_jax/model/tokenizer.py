@@ -1,0 +1,165 @@
+"""Tokenizer: text to ids with character spans, the chat template cut where the passages go, and back to text."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import tempfile
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cacheclip_jax.errors import BadInput, BadModelFile
+from cacheclip_jax.model.gguf import write_json_files
+
+_SENTINEL = "\ue000passages\ue000"
+# What two tokenizers with the same vocabulary may still split differently.
+_PROBE = "It's 12345 ways\n\n  to  split: naïve, 漢字, I'LL\t{x+=1}; \u212b \r\n"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text's tokens: `ids`, and for each its span of characters in the text.
+
+    Spans cover the text from start to end without gaps; tokens that share one character have spans that overlap.
+    """
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+def nfc(text: str) -> str:
+    """`text` in Unicode's composed form, which is what tokenizers see: spans count its characters."""
+    return unicodedata.normalize("NFC", text)
+
+
+class Tokenizer:
+    """A model's tokenizer. Plain text never becomes a control token, whatever it contains.
+
+    Attributes: `eos_ids`, the ids that end an answer; `vocab_size`, one more than the largest id; `identity`, equal
+    for two models exactly when their ids mean the same text and every text gets the same ids.
+    """
+
+    def __init__(self, fast: PreTrainedTokenizerFast, eos_ids: Sequence[int] = (),
+                 add_bos: bool | None = None):
+        content = json.loads(fast.backend_tokenizer.to_str())
+        if content["model"]["type"] != "BPE":
+            raise BadModelFile(f"the tokenizer's model is {content['model']['type']}, and only BPE is supported")
+        # Post-processors add special tokens and trim spaces off the spans: neither is wanted.
+        content |= {"post_processor": None, "truncation": None, "padding": None}
+        self._fast = fast
+        self._special = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(_without_added_tokens(content)))
+        vocab = fast.get_vocab()
+        own = {fast.eos_token_id} - {None}
+        self.eos_ids: tuple[int, ...] = tuple(sorted(own | set(eos_ids)))
+        self.vocab_size: int = max(vocab.values()) + 1
+        probe = self._plain.encode(_PROBE, add_special_tokens=False).ids
+        what = json.dumps([sorted(vocab.items()), content["model"]["merges"], probe])
+        self.identity: str = hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        if add_bos is None:
+            add_bos = fast.bos_token_id in fast("a").input_ids[:1]
+        self._bos: str = fast.bos_token if add_bos and fast.bos_token else ""
+        self._cached = functools.lru_cache(maxsize=16384)(self._encode)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face directory. Raises BadModelFile without a tokenizer.json that loads."""
+        directory = Path(directory)
+        if not (directory / "tokenizer.json").is_file():
+            raise BadModelFile(f"{directory} has no tokenizer.json, and slow tokenizers give no character spans: "
+                               "save the model's fast tokenizer there, or pass a directory that has one")
+        try:
+            fast = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        except Exception as e:  # the tokenizers library raises bare Exception for a broken file
+            raise BadModelFile(f"{directory}/tokenizer.json can't be loaded ({e}): fetch it again") from None
+        eos: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            ids = _json(directory / name).get("eos_token_id")
+            eos |= set(ids) if isinstance(ids, list) else {ids}
+        add_bos = _json(directory / "tokenizer_config.json").get("add_bos_token")
+        return cls(fast, tuple(eos - {None}), add_bos)
+
+    @classmethod
+    def from_gguf(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer in a GGUF file. Raises UnsupportedModel when it can't be rebuilt from there."""
+        with tempfile.TemporaryDirectory() as directory:
+            write_json_files(Path(path), Path(directory))
+            return cls.from_directory(directory)
+
+    def encode(self, text: str, special: bool = False) -> Encoded:
+        """The tokens of `text`, with no token added before or after it.
+
+        Control tokens written out in the text, such as <|im_end|>, are read as plain characters unless `special`,
+        which is for text of our own. Raises BadInput when the text isn't NFC (see `nfc`) or isn't valid Unicode.
+        """
+        ids, spans = self._cached(text, special)
+        return Encoded(tuple(ids.tolist()), tuple(map(tuple, spans.tolist())))
+
+    # Cached as arrays: tuples of Python integers would take ten times the memory.
+    def _encode(self, text: str, special: bool) -> tuple[np.ndarray, np.ndarray]:
+        if not unicodedata.is_normalized("NFC", text):
+            raise BadInput(f"text isn't in Unicode NFC form: {text[:40]!r}...; pass it through nfc() first")
+        try:
+            encoding = (self._special if special else self._plain).encode(text, add_special_tokens=False)
+        except UnicodeEncodeError as e:
+            raise BadInput(f"text holds a lone surrogate at character {e.start}: decode it as UTF-8 with "
+                           "errors='replace' first") from None
+        spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        return np.array(encoding.ids, np.int32), spans
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without control tokens."""
+        return self._fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def prompt_parts(self, instructions: str, question_text: str, system: str | None = None) -> tuple[str, str]:
+        """The prompt before the first passage and after the last one, for `encode(..., special=True)`.
+
+        Both come from the chat template, rendered for one user message: instructions, passages, question. Without a
+        template they are the texts themselves. Raises BadInput when the template refuses or drops a part.
+        """
+        if self._fast.chat_template is None:
+            before = f"{system}\n\n{instructions}" if system else instructions
+            return self._bos + before, question_text
+        messages = [{"role": "user", "content": instructions + _SENTINEL + question_text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        advice = "put the system text into the instructions" if system is not None else "use another chat template"
+        try:
+            rendered = self._fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as e:
+            raise BadInput(f"the model's chat template refuses the messages ({e}): {advice}") from None
+        if system is not None and system.strip() not in rendered:
+            raise BadInput(f"the model's chat template leaves the system message out: {advice}")
+        if rendered.count(_SENTINEL) != 1:
+            raise BadInput(f"the model's chat template writes the user's message {rendered.count(_SENTINEL)} times, "
+                           "and the passages need exactly one place: use another chat template")
+        before, after = rendered.split(_SENTINEL)
+        return before if before.startswith(self._bos) else self._bos + before, after
+
+
+def _without_added_tokens(content: dict[str, Any]) -> dict[str, Any]:
+    # Some chat formats mark their control tokens as not special, and some vocabularies could merge their way to one:
+    # plain text must reach none of them, so the plain tokenizer doesn't know them.
+    model = content["model"]
+    added = {token["content"] for token in content["added_tokens"]} - {model["unk_token"]}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+    merges = [pair for pair in model["merges"] if not added & {*pair, "".join(pair)}]
+    return content | {"added_tokens": [], "model": model | {"vocab": vocab, "merges": merges}}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise BadModelFile(f"{path} isn't valid JSON ({e}): fetch the model again") from None

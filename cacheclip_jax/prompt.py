@@ -1,0 +1,84 @@
+"""The prompt of one request as token ids: shared prefix, chunks, question; the same ids for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.model.tokenizer import Encoded, Tokenizer, nfc
+from cacheclip_jax.store import Passage
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The words around passages and question. `chunk` is part of what is encoded and cached, as are `system` and
+    `instructions` (the shared prefix): changing one of them makes new caches."""
+
+    instructions: str = "Answer the question using only the passages below.\n\n"
+    chunk: str = "{text}\n\n"
+    question: str = "Question: {question}\nAnswer in one short sentence."
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        for field, name in (("chunk", "{text}"), ("question", "{question}")):
+            if getattr(self, field).count(name) != 1:
+                raise BadInput(f"the prompt format's {field} must contain {name} once: {getattr(self, field)!r}")
+
+    def prefix_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Ids of everything before the first chunk: chat header and instructions."""
+        return tokenizer.encode(tokenizer.prompt_parts(nfc(self.instructions), "?", self.system)[0], special=True).ids
+
+    def chunk_ids(self, tokenizer: Tokenizer, passage: Passage) -> Encoded:
+        """A chunk's ids, tokenised alone, and the character spans of its formatted text."""
+        return tokenizer.encode(self.chunk_text(passage))
+
+    def chunk_text(self, passage: Passage) -> str:
+        """The text of a chunk as the models read it."""
+        return nfc(self.chunk.replace("{text}", passage.text))
+
+    def question_ids(self, tokenizer: Tokenizer, question: str) -> tuple[int, ...]:
+        """Ids of everything after the last chunk, through the assistant header.
+
+        The user's words are encoded as plain text: only our own frame may hold control tokens.
+        """
+        if not question.strip():
+            raise BadInput("the question is empty: ask something, for example cacheclip ask \"Who ...?\"")
+        before, after = self.question.split("{question}")
+        rendered = tokenizer.prompt_parts(nfc(self.instructions), nfc(self.question), self.system)[1]
+        head, found, tail = rendered.partition("{question}")
+        if not found:
+            raise BadInput(f"the chat template changed the question's text: {before + after!r} isn't in {rendered!r}")
+        words = head + nfc(question.strip())
+        return tokenizer.encode(words).ids + tokenizer.encode(tail, special=True).ids
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request's ids for one model. Context tokens are the chunks' tokens; prefix and question are not counted."""
+
+    prefix: tuple[int, ...]
+    chunks: tuple[Encoded, ...]
+    question: tuple[int, ...]
+
+    @cached_property
+    def chunk_lengths(self) -> tuple[int, ...]:
+        """Tokens of each chunk."""
+        return tuple(len(c.ids) for c in self.chunks)
+
+    @cached_property
+    def context_tokens(self) -> int:
+        """Tokens of all chunks."""
+        return sum(self.chunk_lengths)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """The whole prompt, int32: what a full prefill reads."""
+        return np.array([*self.prefix, *(i for c in self.chunks for i in c.ids), *self.question], np.int32)
+
+    @property
+    def question_start(self) -> int:
+        """Absolute position of the question's first token."""
+        return len(self.prefix) + self.context_tokens

@@ -1,0 +1,130 @@
+"""Question + aux caches -> one score per context token: which tokens the question's rows attend to in the aux model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cacheclip_jax.assemble import KVCache
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.model import decoder
+from cacheclip_jax.model.config import ModelConfig
+from cacheclip_jax.model.params import Params
+from cacheclip_jax.precision import precision
+from cacheclip_jax.recompute import attend_and_finish
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How attention becomes a score.
+
+    layers: "last", "late" (the second half without the last layer), "all", or layer indices (negative ones count from
+      the end).
+    rows: over question rows, "mean", "max", or "last" (the row that has read the whole question).
+    heads: over query heads, "mean" or "max".
+    context: "cached" (question rows over the aux's own chunk caches) or "joint" (the aux prefills the whole prompt
+      first: it sees across chunks, at the price of an aux prefill).
+    """
+
+    layers: Literal["last", "late", "all"] | tuple[int, ...] = "late"
+    rows: Literal["mean", "max", "last"] = "last"
+    heads: Literal["mean", "max"] = "mean"
+    context: Literal["cached", "joint"] = "cached"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("rows", ("mean", "max", "last")), ("heads", ("mean", "max")),
+                              ("context", ("cached", "joint"))):
+            if getattr(self, name) not in allowed:
+                raise BadInput(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if isinstance(self.layers, str) and self.layers not in ("last", "late", "all"):
+            raise BadInput(f"layers={self.layers!r}: choose last, late, all or a tuple of layer indices")
+
+    def layer_indices(self, num_layers: int) -> tuple[int, ...]:
+        """The scored layers of a model with `num_layers` layers, ascending."""
+        if self.layers == "last":
+            return (num_layers - 1,)
+        if self.layers == "all":
+            return tuple(range(num_layers))
+        if self.layers == "late":
+            return tuple(range(num_layers // 2, max(num_layers - 1, num_layers // 2 + 1)))
+        chosen = tuple(sorted({int(i) for i in self.layers}))
+        if not chosen or any(not -num_layers <= i < num_layers for i in chosen):
+            raise BadInput(f"layers={self.layers}: the aux model has layers 0 to {num_layers - 1}")
+        return tuple(sorted({i % num_layers for i in chosen}))
+
+
+# "paper" is what CacheClip (arXiv 2510.10129) does as far as known; "late" is what measured best at 10% recompute.
+SCORINGS = {
+    "late": Scoring(),
+    "paper": Scoring(layers="last", rows="mean"),
+    "late-joint": Scoring(context="joint"),
+    "paper-joint": Scoring(layers="last", rows="mean", context="joint"),
+}
+
+
+@partial(jax.jit, static_argnames=("cfg", "scoring"))
+def score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Array, "T"], positions: Int[Array, "T"],
+          last: Int[Array, ""], cache: KVCache) -> Float[Array, "S"]:
+    """Attention of the question's rows to every cache slot, reduced over rows, heads and layers.
+
+    `cache` holds prefix and context of the aux at slots 0.., the question's rows follow at `positions` (padding: -1, at
+    the end), `last` is the index of the last real row. Rows after softmax sum to one over prefix, context and question,
+    so scores of different chunks compare; the caller keeps the context's slots.
+    """
+    wanted = scoring.layer_indices(cfg.num_layers)
+    weights = np.zeros(cfg.num_layers, np.float32)
+    weights[list(wanted)] = 1 / len(wanted)
+
+    def step(index, carry):
+        x, cache, total = carry
+        layer = decoder.layer_at(params.layers, index)
+        x, cache, (q, keys) = attend_and_finish(x, layer, index, cfg, positions, cache)
+        if scoring.rows == "last":
+            seen = _attention(jax.lax.dynamic_slice_in_dim(q, last, 1), keys, positions[last][None])
+        else:
+            seen = _attention(q, keys, positions)
+        over_heads = seen.mean(1) if scoring.heads == "mean" else seen.max(1)
+        if scoring.rows == "max":
+            reduced = over_heads.max(0)
+        else:  # padding rows see nothing and add zero
+            reduced = over_heads.sum(0) / (1 if scoring.rows == "last" else last + 1)
+        return x, cache, total + jnp.asarray(weights)[index] * reduced
+
+    start = (decoder.embed(params, ids), cache, jnp.zeros(cache.slots, jnp.float32))
+    return jax.lax.fori_loop(0, wanted[-1] + 1, step, start)[2]
+
+
+def _attention(q: Float[Array, "T N H"], keys: Float[Array, "K S H"], positions: Int[Array, "T"]
+               ) -> Float[Array, "T N S"]:
+    """Attention weights themselves; T is the question's length or 1, so T x S is small here."""
+    T, N, H = q.shape
+    K, S, _ = keys.shape
+    s = jnp.einsum("tkgh,ksh->tkgs", q.reshape(T, K, N // K, H), keys, preferred_element_type=jnp.float32,
+                   precision=precision(q.dtype)) * H**-0.5
+    seen = (jnp.arange(S) <= positions[:, None])[:, None, None]
+    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30), axis=-1), 0)
+    return weights.reshape(T, N, S)
+
+
+def map_scores(scores: np.ndarray, spans: tuple[tuple[int, int], ...], target: tuple[tuple[int, int], ...]
+               ) -> np.ndarray:
+    """Scores of one tokenisation of a text -> scores of another, through character spans.
+
+    A token's score is spread evenly over its characters and summed over the target token's characters, so the mass is
+    kept wherever the spans tile the text. Empty spans count as one character.
+    """
+    if spans == target:
+        return scores
+    length = max((end for _, end in (*spans, *target)), default=0) + 1
+    density = np.zeros(length)
+    for value, (start, end) in zip(scores, spans, strict=True):
+        end = max(end, start + 1)
+        density[start:end] += value / (end - start)
+    mass = np.concatenate([[0.0], np.cumsum(density)])
+    return np.array([mass[max(end, start + 1)] - mass[start] for start, end in target], np.float32)

@@ -1,0 +1,78 @@
+"""AnswerStream: text pieces of one answer as they are decoded, then its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from cacheclip_jax import compiles
+from cacheclip_jax.answer import Result, Selection, Times
+from cacheclip_jax.decode import Sampling, TextStream, decode, first_token
+from cacheclip_jax.errors import UnsupportedModel
+from cacheclip_jax.model.load import Model
+
+DECODE_STEPS = 4  # tokens per compiled decode call, and so per streamed piece
+MAX_STOP_IDS = 8
+
+
+class AnswerStream:
+    """Iterate for text; `result` is there at the end. The first token is on the host when the constructor returns."""
+
+    def __init__(self, model: Model, prefill, text: TextStream, sampling: Sampling, max_new_tokens: int):
+        self._model, self._prefill, self._text, self._limit = model, prefill, text, max_new_tokens
+        stop_ids = model.tokenizer.eos_ids
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise UnsupportedModel(f"{model.name} has {len(stop_ids)} end tokens, more than {MAX_STOP_IDS}")
+        self._stop_ids = np.array([*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))], np.int32)
+        self._sampling = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
+                          self._stop_ids)
+        self._greedy = sampling.temperature == 0
+        self._state = first_token(prefill.logits, np.int32(len(prefill.prompt.ids)), jax.random.key(sampling.seed),
+                                  *self._sampling, greedy=self._greedy)
+        self._first = int(self._state.token)
+        self._ttft = prefill.clock.total()
+        self._result: Result | None = None
+
+    @property
+    def result(self) -> Result:
+        """The whole answer. Raises RuntimeError before the stream has been read to its end."""
+        if self._result is None:
+            raise RuntimeError("the answer isn't finished: iterate over the stream first")
+        return self._result
+
+    def __iter__(self) -> Iterator[str]:
+        started = time.perf_counter()
+        ids: list[int] = []
+        state, cache, block = self._state, self._prefill.cache, [self._first]
+        while True:
+            ended = any(t in self._model.tokenizer.eos_ids for t in block)
+            fresh = [t for t in block if t not in self._model.tokenizer.eos_ids][: self._limit - len(ids)]
+            ids += fresh
+            if piece := self._text.push(fresh):
+                yield piece
+            if self._text.stopped or ended or len(ids) >= self._limit:
+                break
+            tokens, state, cache = decode(self._model.params, self._model.config, state, cache, *self._sampling,
+                                          steps=DECODE_STEPS, greedy=self._greedy)
+            block = [int(t) for t in np.asarray(tokens) if t >= 0]
+        if piece := self._text.finish():
+            yield piece
+        reason = "stop_string" if self._text.stopped else "stop" if ended else "length"
+        self._finish(ids, reason, time.perf_counter() - started)
+
+    def _finish(self, ids: list[int], reason, decode_seconds: float) -> None:
+        p = self._prefill
+        recomputed = int(p.plan.recompute.sum())
+        self._result = Result(
+            text=self._text.text, token_ids=tuple(ids), finish_reason=reason, method=p.method,
+            realised_ratio=recomputed / p.prompt.context_tokens, context_tokens=p.prompt.context_tokens,
+            prefix_tokens=len(p.prompt.prefix), question_tokens=len(p.prompt.question),
+            reused_tokens=p.prompt.context_tokens - recomputed, recomputed_tokens=recomputed,
+            hits=p.fetched.hits, misses=p.fetched.misses, encoded=tuple(p.fetched.encoded),
+            repaired=tuple(p.fetched.repaired), warnings=tuple(p.fetched.warnings),
+            compiles=compiles.count() - p.compiled_before,
+            times=Times(**p.clock.seconds, ttft=self._ttft, decode=decode_seconds),
+            passages=p.passages, selection=Selection(p.plan.recompute, p.plan.scores))

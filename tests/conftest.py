@@ -1,0 +1,72 @@
+"""Builders that tests share: tiny random models of every family, and the pieces of a request over them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacheclip_jax.assemble import concatenate, empty, place
+from cacheclip_jax.encode import encode_many, encode_prefix, no_prefix
+from cacheclip_jax.model.config import Llama3Scaling, ModelConfig, Rope
+from cacheclip_jax.model.params import init
+from cacheclip_jax.recompute import recompute
+
+_BASE = dict(num_layers=3, d_model=32, d_mlp=64, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96,
+             rope=Rope(theta=10000.0), norm_eps=1e-6, max_positions=4096, tied=False)
+
+TINY = {
+    "qwen2": ModelConfig(family="qwen2", **_BASE | dict(qkv_bias=True, tied=True)),
+    "qwen3": ModelConfig(family="qwen3", **_BASE | dict(qk_norm=True, head_dim=16)),
+    "llama3": ModelConfig(family="llama", **_BASE | dict(rope=Rope(500.0, llama3=Llama3Scaling(8.0, 1.0, 4.0, 32)))),
+    "llama-bias": ModelConfig(family="llama", **_BASE | dict(qkv_bias=True, out_bias=True, mlp_bias=True)),
+    "smollm2": ModelConfig(family="llama", **_BASE | dict(num_heads=9, num_kv_heads=3, d_model=36, tied=True)),
+    "mistral": ModelConfig(family="mistral", **_BASE | dict(num_kv_heads=1)),
+}
+
+
+@pytest.fixture(scope="session", params=TINY)
+def tiny(request) -> tuple[ModelConfig, object]:
+    """(config, float32 params) of one tiny random model per family."""
+    cfg = TINY[request.param]
+    return cfg, init(jax.random.key(7), cfg)
+
+
+@pytest.fixture(scope="session")
+def qwen2() -> tuple[ModelConfig, object]:
+    """(config, float32 params) of the tiny Qwen2, for properties that don't depend on the family."""
+    return TINY["qwen2"], init(jax.random.key(7), TINY["qwen2"])
+
+
+def random_prompt(cfg: ModelConfig, lengths=(5, 24, 17, 30, 9), seed=0) -> list[np.ndarray]:
+    """Random ids: prefix, chunks..., question."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, cfg.vocab_size, n).astype(np.int32) for n in lengths]
+
+
+def assembled(params, cfg: ModelConfig, prefix, chunks, slots: int, behind: str = "shared"):
+    """The assembled cache of chunks that were encoded one by one."""
+    dtype = params.embed.dtype
+    prefix_kv = encode_prefix(params, cfg, list(prefix))
+    anchor = prefix_kv if behind == "shared" else no_prefix(params, cfg)
+    kv = dict(encode_many(params, cfg, [list(c) for c in chunks], anchor))
+    return place(cfg, concatenate(cfg, slots, [prefix_kv, *(kv[i] for i in range(len(chunks)))], dtype))
+
+
+def rows(params, cfg: ModelConfig, ids, positions, cache, pad: int = 0):
+    """Last row's logits and the repaired cache, with `pad` padding rows."""
+    ids = np.concatenate([np.asarray(ids, np.int32), np.zeros(pad, np.int32)])
+    positions = np.concatenate([np.asarray(positions, np.int32), np.full(pad, -1, np.int32)])
+    logits, cache = recompute(params, cfg, ids, positions, np.int32(len(ids) - pad - 1), cache)
+    return np.asarray(logits), cache
+
+
+def full_prefill(params, cfg: ModelConfig, ids, slots: int = 128):
+    """Logits after a whole prompt, nothing reused."""
+    return rows(params, cfg, ids, np.arange(len(ids)), empty(cfg, slots, params.embed.dtype))
+
+
+def max_diff(a, b) -> float:
+    """Largest absolute difference, in float32."""
+    return float(jnp.abs(jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32)).max())
