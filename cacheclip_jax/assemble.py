@@ -35,13 +35,17 @@ def empty(cfg: ModelConfig, slots: int, dtype: Any) -> KVCache:
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def concatenate(cfg: ModelConfig, slots: int, parts: Iterable[np.ndarray], dtype: Any) -> np.ndarray:
-    """Lay chunk caches [L, 2, K, C, H] one after another into one host buffer [2, L, K, slots, H], zeros after them."""
+def concatenate(cfg: ModelConfig, slots: int, parts: Iterable[np.ndarray | int], dtype: Any) -> np.ndarray:
+    """Lay chunk caches [L, 2, K, C, H] one after another into one host buffer [2, L, K, slots, H].
+
+    A number instead of a cache leaves that many slots free (zeros), as are those after the last part.
+    """
     joined = np.zeros((2, cfg.num_layers, cfg.num_kv_heads, slots, cfg.head_dim), dtype)
     start = 0
     for part in parts:
-        end = start + part.shape[3]
-        joined[:, :, :, start:end] = part.swapaxes(0, 1)
+        end = start + (part if isinstance(part, int) else part.shape[3])
+        if not isinstance(part, int):
+            joined[:, :, :, start:end] = part.swapaxes(0, 1)
         start = end
     return joined
 

@@ -30,7 +30,11 @@ class Fetched:
     repaired: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def absorb(self, other: "Fetched") -> None:
+    def loaded(self) -> list[np.ndarray]:
+        """The caches, where every one was wanted."""
+        return [kv for kv in self.kv if kv is not None]
+
+    def absorb(self, other: Fetched) -> None:
         """Add another model's accounting; the caches stay this one's."""
         self.hits += other.hits
         self.misses += other.misses
@@ -99,7 +103,7 @@ class ChunkCaches:
     def start(self, passages: Sequence[Passage], behind: Behind) -> Fetch:
         """Start reading the caches of passages; the reads go on while the caller computes."""
         space = self.space(behind)
-        return Fetch(self, passages, behind, [self.store.read(space, self.encoded(p).ids, p.id) for p in passages])
+        return Fetch(self, passages, behind, self.store.read_all(space, [(self.encoded(p).ids, p.id) for p in passages]))
 
     def write(self, passage: Passage, behind: Behind, kv: np.ndarray):
         """Write one chunk cache; returns what to wait on."""

@@ -24,12 +24,12 @@ from cacheclip_jax.documents import Document, split
 from cacheclip_jax.errors import BadInput, ContextTooLong
 from cacheclip_jax.methods import Method, Plan, Request, make
 from cacheclip_jax.model.load import Model, load_model
+from cacheclip_jax.model.tokenizer import nfc
 from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.recompute import continuation_logits, recompute
 from cacheclip_jax.retrieve import Retriever
 from cacheclip_jax.score import Scoring, map_scores, score
 from cacheclip_jax.select import Budget
-from cacheclip_jax.model.tokenizer import nfc
 from cacheclip_jax.store import ChunkStore, Passage, is_chunk_id
 from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
 
@@ -174,9 +174,9 @@ class CacheClip:
 
     def retrieve(self, question: str, k: int = 8) -> list[Passage]:
         """The store's k best passages for a question by BM25, the best one last."""
-        stored = self.store.passages()
-        if self._retriever is None or self._retriever[0] != len(stored):
-            self._retriever = (len(stored), Retriever(stored))
+        stored = len(self.store.passage_ids())
+        if self._retriever is None or self._retriever[0] != stored:
+            self._retriever = (stored, Retriever(self.store.passages()))
         return self._retriever[1].top(question, k)
 
     def ask(self, question: str, chunks: Sequence[Chunk] | None = None, **options: Any) -> Result:
@@ -236,6 +236,19 @@ class CacheClip:
         logits, cache = self._repair(prompt, plan, fetch, fetched, slots, clock)
         return Prefill(prompt, tuple(chosen), method.name, plan, logits, cache, fetched, clock, compiled)
 
+    def greedy(self, prefill: Prefill, max_new_tokens: int) -> tuple[int, ...]:
+        """The most likely answer's token ids after a prefill; uses its cache up."""
+        text = TextStream(self.primary.model.tokenizer.decode, ())
+        stream = AnswerStream(self.primary.model, prefill, text, Sampling(), max_new_tokens)
+        for _ in stream:
+            pass
+        return stream.result.token_ids
+
+    def warmup(self, question: str, chunks: Sequence[Chunk] | None = None, **options: Any) -> None:
+        """Compile what a request of this size needs (see `stream` for the options), so that the next one doesn't."""
+        for _ in zip(range(2), self.stream(question, chunks, **options), strict=False):
+            pass
+
     def continuation(self, prefill: Prefill, ids: Sequence[int]) -> np.ndarray:
         """Logits [len(ids), V] after each of `ids`, fed as the answer so far; uses the prefill's cache up."""
         start = len(prefill.prompt.ids)
@@ -275,12 +288,12 @@ class CacheClip:
         _check_length(own, 0, cfg.max_positions, f"the aux model {model.name}")
         slots = bucket(len(own.ids), 256, steps=4)
         if scoring.context == "joint":
-            _, cache = self._rows(model, own.ids[: own.question_start], np.arange(own.question_start),
+            _, cache = self.rows(model, own.ids[: own.question_start], np.arange(own.question_start),
                                   empty(cfg, slots, self.aux.dtype))
         else:
             fetched = self.aux.start(passages, "shared").result(clock)
             accounting.absorb(fetched)
-            cache = place(cfg, concatenate(cfg, slots, [self.aux.prefix_kv(), *fetched.kv], self.aux.dtype))
+            cache = place(cfg, concatenate(cfg, slots, [self.aux.prefix_kv(), *fetched.loaded()], self.aux.dtype))
         ids, positions = _padded(own.question, own.question_start + np.arange(len(own.question)), minimum=16)
         scores = np.asarray(score(model.params, cfg, scoring, ids, positions, np.int32(len(own.question) - 1), cache))
         mapped, start = [], len(own.prefix)
@@ -303,20 +316,19 @@ class CacheClip:
                 fetched.absorb(loaded)
                 prefix = self.primary.prefix_kv()
             with clock("assemble"):
-                shape = (cfg.num_layers, 2, cfg.num_kv_heads)
-                parts = [np.broadcast_to(prefix[:1, :1, :1, :1, :1], (*shape, n, cfg.head_dim)) if kv is None else kv
-                         for kv, n in zip(loaded.kv, prompt.chunk_lengths, strict=True)]
+                parts = [n if kv is None else kv for kv, n in zip(loaded.kv, prompt.chunk_lengths, strict=True)]
                 cache = place(cfg, concatenate(cfg, slots, [prefix, *parts], self.primary.dtype))
                 jax.block_until_ready(cache)
             context = len(prompt.prefix) + np.flatnonzero(plan.recompute)
             positions = np.concatenate([context, np.arange(prompt.question_start, len(prompt.ids))])
         with clock("recompute"):
-            logits, cache = self._rows(model, prompt.ids[positions], positions, cache)
+            logits, cache = self.rows(model, prompt.ids[positions], positions, cache)
             jax.block_until_ready(logits)
         return logits, cache
 
     @staticmethod
-    def _rows(model: Model, ids: np.ndarray, positions: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def rows(model: Model, ids: np.ndarray, positions: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Rows at sorted positions through a model, padded to their bucket; the last row's logits, the new cache."""
         padded_ids, padded_positions = _padded(ids, positions)
         return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache)
 

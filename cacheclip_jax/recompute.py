@@ -60,9 +60,8 @@ def attend_and_finish(x: Float[Array, "T D"], layer: Layer, index: Int[Array, ""
     k = rotate(k.swapaxes(0, 1), positions, cfg.rope)
     # Padding rows write to the slot after the last one, which mode="drop" discards (-1 would wrap around).
     slots = jnp.where(positions < 0, cache.slots, positions)
-    write = dict(mode="drop", indices_are_sorted=True)
-    keys = cache.k[index].at[:, slots].set(k, **write)
-    values = cache.v[index].at[:, slots].set(v.swapaxes(0, 1), **write)
+    keys = cache.k[index].at[:, slots].set(k, mode="drop", indices_are_sorted=True)
+    values = cache.v[index].at[:, slots].set(v.swapaxes(0, 1), mode="drop", indices_are_sorted=True)
     with jax.named_scope("row_attention"):
         attended = row_attention(q, keys, values, positions)
     cache = KVCache(k=cache.k.at[index].set(keys), v=cache.v.at[index].set(values))

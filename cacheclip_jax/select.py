@@ -65,7 +65,7 @@ class Windows:
             raise BadInput(f"density {self.density} is out of range: it must be between 1 and the window size {self.size}")
 
 
-def select(scores: np.ndarray, chunk_lengths: Sequence[int], budget: Budget, grouping: Groups | Windows = Groups()  # noqa: B008 (frozen)
+def select(scores: np.ndarray, chunk_lengths: Sequence[int], budget: Budget, grouping: Groups | Windows = Groups()
            ) -> np.ndarray:
     """Which of the context's tokens to recompute, as a boolean mask over them.
 

@@ -1,4 +1,4 @@
-"""load_model: a model's config, weights and tokenizer from a Hugging Face directory, a GGUF file or the hub."""
+"""load_model: a model's config, weights and tokenizer from a directory, a GGUF file or the hub."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def load_model(source: str | Path, *, dtype: Any, mesh: Mesh | None = None,
     """Load a model in `dtype`, on the default device or sharded over `mesh`'s axis "model".
 
     Args:
-      source: a Hugging Face directory (safetensors), a .gguf file, a name that `pull` has stored, or a hub id.
+      source: a Hugging Face directory (safetensors), a .gguf file, a name that was pulled, or a hub id.
       dtype: of the weights: float32, bfloat16 or float16.
       mesh: a mesh with an axis "model".
       tokenizer: another source for the tokenizer alone, where the model's own is missing or slow-only.
 
-    Raises BadModelFile for a missing, truncated, incomplete or non-finite checkpoint, UnsupportedModel naming the
-    setting when the decoder would not compute the model exactly.
+    Raises BadModelFile for a missing, truncated, incomplete or non-finite checkpoint, UnsupportedModel naming
+    the setting when the decoder would not compute the model exactly.
     """
     path = _locate(source)
     if path.is_dir():
@@ -81,8 +81,10 @@ def load_model(source: str | Path, *, dtype: Any, mesh: Mesh | None = None,
         raise BadModelFile(f"{path}: the tokenizer has {words.vocab_size} ids and the model embeds only "
                            f"{config.vocab_size}: they don't belong together")
     params = _read_params(used, config, dtype, mesh)
-    return Model(Path(source).stem if path.is_file() else str(source), config, params, words,
-                 _fingerprint(used, config))
+    name = str(source)
+    if Path(source).expanduser().exists():
+        name = path.stem if path.is_file() else path.resolve().name
+    return Model(name, config, params, words, _fingerprint(used, config))
 
 
 def _locate(source: str | Path) -> Path:
@@ -112,8 +114,8 @@ def safetensors_tensors(directory: Path) -> dict[str, Tensor]:
         except (ValueError, KeyError, AttributeError) as e:
             raise BadModelFile(f"{index} isn't a safetensors index ({e!r}): fetch it again") from None
     else:
-        raise BadModelFile(f"{directory} has neither model.safetensors nor model.safetensors.index.json: only "
-                           "safetensors and GGUF weights are read")
+        raise BadModelFile(f"{directory} has neither model.safetensors nor model.safetensors.index.json: "
+                           "only safetensors and GGUF weights are read")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise BadModelFile(f"{directory} lacks {', '.join(missing)}, of {len(names)} files: fetch the rest")
@@ -123,8 +125,8 @@ def safetensors_tensors(directory: Path) -> dict[str, Tensor]:
         try:
             handle = safetensors.safe_open(file, framework="np")
         except (safetensors.SafetensorError, OSError) as e:
-            raise BadModelFile(f"{file} is truncated or not safetensors ({file.stat().st_size:,} bytes; {e}): "
-                               "fetch it again") from None
+            raise BadModelFile(f"{file} is truncated or not safetensors ({file.stat().st_size:,} bytes; "
+                               f"{e}): fetch it again") from None
         for key in handle.keys():  # noqa: SIM118  (a handle isn't iterable)
             view = handle.get_slice(key)
             if view.get_dtype() not in _FLOATS and not _HARMLESS.fullmatch(key):
@@ -139,7 +141,7 @@ def _matched(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> 
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree.leaves_with_path(abstract(config, np.float32)):
         names = _hf_names(path, config)
-        shape = leaf.shape if len(names) == 1 and path[0].name != "layers" else leaf.shape[1:]
+        shape = leaf.shape[1:] if path[0].name == "layers" else leaf.shape
         expected |= dict.fromkeys(names, shape)
     extra = [name for name in tensors if name not in expected and not _HARMLESS.fullmatch(name)]
     if config.tied and _TOP["head"] in extra:
@@ -154,8 +156,8 @@ def _matched(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> 
     found = [f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
              for what, names in problems.items() if names]
     if found:
-        raise BadModelFile(f"{where}: the tensors don't match the config. {'; '.join(found)}. Fetch the model again, "
-                           "or check that config and weights belong together")
+        raise BadModelFile(f"{where}: the tensors don't match the config. {'; '.join(found)}. Fetch the "
+                           "model again, or check that config and weights belong together")
     return {name: tensors[name] for name in expected}
 
 

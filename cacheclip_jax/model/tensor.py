@@ -27,8 +27,8 @@ class Tensor:
              map: Callable[..., Iterable] = builtins.map) -> None:
         """Write the part at `index` into `out`, cast to its dtype, a block of rows at a time.
 
-        `map` may be a thread pool's, to do the blocks in parallel. Raises BadModelFile when a value isn't finite
-        in `out`'s dtype.
+        `map` may be a thread pool's, to do the blocks in parallel. Raises BadModelFile when a value isn't
+        finite in `out`'s dtype.
         """
         start, stop, _ = index[0].indices(self.shape[0])
         row_bytes = 4 * out[:1].size

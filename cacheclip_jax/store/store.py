@@ -1,0 +1,293 @@
+"""The chunk store: passages and chunk caches, written once and read many times."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import BoundedSemaphore
+
+import jax
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Float
+
+from cacheclip_jax.errors import BadInput, ChunkCorrupt, StoreError
+from cacheclip_jax.store import layout, maintain
+from cacheclip_jax.store.blobs import Blobs, translated
+from cacheclip_jax.store.pending import PendingKV
+from cacheclip_jax.store.records import ID_DIGITS, LAYOUT_VERSION, Entry, Passage, Space, is_chunk_id
+
+_WRITERS = 4
+_LIST = "`cacheclip store ls` lists the ids."
+
+
+class ChunkStore:
+    """Passages and chunk caches under one URL; safe to share between threads and processes."""
+
+    def __init__(self, blobs: Blobs, cache_bytes: int = 0):
+        self.blobs = blobs
+        self._cache = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}}, parent=blobs.context)
+        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="chunk-store")
+        self._slots = BoundedSemaphore(2 * _WRITERS)
+        self._known_spaces: set[str] = set()
+
+    @classmethod
+    def open(cls, url: str | Path, *, create: bool = True, cache_bytes: int = 0) -> "ChunkStore":
+        """Opens the store at a directory or a file://, memory://, s3:// or gs:// URL.
+
+        `cache_bytes` of what was read stay in host memory. Raises BadInput for another kind of URL, and
+        StoreError for a place that can't be read or written, holds something else or has a newer layout.
+        """
+        blobs = Blobs.open(url)
+        if blobs.directory and blobs.directory.exists() and not blobs.directory.is_dir():
+            raise StoreError(f"{blobs.url} is a file: a chunk store is a directory, so name another --store.")
+        if (marker := blobs.read(layout.MARKER)) is not None:
+            _check_layout(blobs, marker)
+        elif not create:
+            raise StoreError(f"There is no chunk store at {blobs.url}: `cacheclip index` makes one.")
+        else:
+            _check_empty(blobs)
+            blobs.write(layout.MARKER, json.dumps({"layout": LAYOUT_VERSION}).encode())
+        return cls(blobs, cache_bytes)
+
+    @property
+    def url(self) -> str:
+        return self.blobs.url
+
+    def add_passages(self, passages: Iterable[Passage]) -> None:
+        """Writes the passages that aren't there yet, and again those whose file is damaged."""
+        new = {layout.passage_file(p.id): p.to_json() for p in passages}
+        self.blobs.write_all((file, new[file]) for file, old in self.blobs.read_all(new) if old != new[file])
+
+    def passage_ids(self, prefix: str = "") -> list[str]:
+        files = self.blobs.list(layout.passage_stem(prefix))
+        return [match[1] for match in map(layout.PASSAGE.fullmatch, files) if match]
+
+    def resolve(self, prefix: str) -> str:
+        """The one passage id that begins with `prefix`; raises BadInput when there is none or several."""
+        if not is_chunk_id(prefix):
+            raise BadInput(
+                f"{prefix!r} is no passage id, which is {ID_DIGITS} digits of 0-9 and a-f: {_LIST}"
+            )
+        found = self.passage_ids(prefix)
+        if not found:
+            raise BadInput(f"{self.url} has no passage {prefix}: {_LIST}")
+        if len(found) > 1:
+            raise BadInput(
+                f"{prefix} begins {len(found)} ids ({', '.join(found[:3])}, ...): give more digits."
+            )
+        return found[0]
+
+    def passage(self, id: str) -> Passage:
+        """The passage with this id, or unique beginning of one; raises BadInput or ChunkCorrupt."""
+        for _, passage in self.read_passages([self.resolve(id)]):
+            if isinstance(passage, ChunkCorrupt):
+                raise passage
+            return passage
+        raise BadInput(f"{self.url} has no passage {id} any more: {_LIST}")
+
+    def passages(self) -> list[Passage]:
+        """Every passage, by document and place in it; raises ChunkCorrupt."""
+        found = []
+        for _, passage in self.read_passages(self.passage_ids()):
+            if isinstance(passage, ChunkCorrupt):
+                raise passage
+            found.append(passage)
+        return sorted(found, key=lambda p: (p.document, p.start, p.end))
+
+    def read_passages(self, ids: Iterable[str]) -> Iterator[tuple[str, Passage | ChunkCorrupt]]:
+        """Passages by their full ids, or what is wrong with them; those that aren't there are left out."""
+        files = {layout.passage_file(id): id for id in ids}
+        for file, data in self.blobs.read_all(files):
+            if data is None:
+                continue
+            id = files[file]
+            try:
+                passage = Passage.from_json(data)
+                if passage.id != id:
+                    raise ValueError(f"it holds passage {passage.id}")
+                yield id, passage
+            except ValueError as e:
+                what = f"Passage {id} is damaged ({self.blobs.where(file)}: {e})."
+                way_out = f"Run `cacheclip store rm {id}` and index its document again."
+                yield id, ChunkCorrupt(f"{what} {way_out}", chunk=id)
+
+    def has(self, space: Space, ids: Sequence[int]) -> bool:
+        """Whether the chunk cache is committed; one with a damaged manifest isn't."""
+        try:
+            return self.entry(space, ids) is not None
+        except ChunkCorrupt:
+            return False
+
+    def entry(self, space: Space, ids: Sequence[int]) -> Entry | None:
+        """The manifest of a chunk cache, None when there is none; raises ChunkCorrupt."""
+        chunk = space.chunk_key(ids)
+        file = layout.manifest_file(space.key, chunk)
+        if (data := self.blobs.read(file)) is None:
+            return None
+        try:
+            return Entry.parse(data, space, ids)
+        except ValueError as e:
+            raise ChunkCorrupt(f"The manifest {self.blobs.where(file)} is damaged: {e}.", chunk=chunk) from e
+
+    def write(
+        self,
+        space: Space,
+        passage_id: str,
+        ids: Sequence[int],
+        spans: Sequence[tuple[int, int]],
+        kv: Float[np.ndarray | jax.Array, "L 2 K C H"],
+    ) -> bool:
+        """Commits a chunk cache, K before RoPE at index 0 and V at 1; returns False if it was there already.
+
+        Raises BadInput for an array of another shape or dtype than the space's, or with values that aren't
+        finite.
+        """
+        if self.has(space, ids):
+            return False
+        _check_kv(space, ids, spans, kv)
+        host = np.asarray(kv)
+        _check_finite(passage_id, host)
+        entry = Entry.make(space, passage_id, ids, spans)
+        chunk = entry.chunk
+        self._write_space(space)
+        # Not by TensorStore: the time in it tells gc an abandoned write from one under way, on any driver.
+        description = layout.metadata(space, len(ids)) | {"attributes": {"created": entry.created}}
+        self.blobs.write(layout.metadata_file(space.key, chunk), json.dumps(description).encode())
+        with translated("write", self.blobs.where(layout.chunk_folder(space.key, chunk))):
+            self.array(space, chunk, len(ids)).write(host).result()
+        self.blobs.write(layout.manifest_file(space.key, chunk), entry.to_json())
+        return True
+
+    def write_async(
+        self,
+        space: Space,
+        passage_id: str,
+        ids: Sequence[int],
+        spans: Sequence[tuple[int, int]],
+        kv: Float[np.ndarray | jax.Array, "L 2 K C H"],
+    ) -> Future[bool]:
+        """`write` in the background; blocks while several are under way, so that arrays don't pile up.
+
+        An error shows only in the future's `result()`: wait for all of them before calling an index done.
+        """
+        self._slots.acquire()
+        future = self._pool.submit(self.write, space, passage_id, ids, spans, kv)
+        future.add_done_callback(lambda _: self._slots.release())
+        return future
+
+    def _write_space(self, space: Space) -> None:
+        if space.key in self._known_spaces:
+            return
+        file = layout.space_file(space.key)
+        try:
+            known = Space.from_json(self.blobs.read(file) or b"").key == space.key
+        except ValueError:
+            known = False
+        if not known:
+            self.blobs.write(file, space.to_json())
+        self._known_spaces.add(space.key)
+
+    def read(
+        self,
+        space: Space,
+        ids: Sequence[int],
+        passage_id: str,
+        out: Float[np.ndarray, "L 2 K C H"] | None = None,
+    ) -> PendingKV | None:
+        """Starts to read a chunk cache; None when there is none. What is damaged shows in the `result()`.
+
+        `out` is where to: a buffer that was used before is filled up to twice as fast as a new one.
+        """
+        return PendingKV(self, space, ids, passage_id, out).unless_missing()
+
+    def read_all(self, space: Space, chunks: Iterable[tuple[Sequence[int], str]]) -> list[PendingKV | None]:
+        """`read` for (ids, passage id) pairs, in one round trip: what counts in a bucket."""
+        pending = [PendingKV(self, space, ids, passage_id) for ids, passage_id in chunks]
+        return [one.unless_missing() for one in pending]
+
+    def array(self, space: Space, chunk: str, tokens: int, *, cached: bool = False) -> ts.TensorStore:
+        """The array of a chunk cache. Space and length say what it is like, so nothing is read."""
+        folder = layout.chunk_folder(space.key, chunk)
+        spec = {
+            "driver": "zarr3",
+            "kvstore": self.blobs.spec | {"path": f"{self.blobs.spec['path']}{folder}/"},
+            "metadata": layout.metadata(space, tokens),
+            "open": True,
+            "assume_metadata": True,
+            # A committed array never changes.
+            "recheck_cached_data": False,
+            # Zeros are data like any other: stored when written, never made up when missing.
+            "store_data_equal_to_fill_value": True,
+            "fill_missing_data_reads": False,
+        }
+        return ts.open(spec, context=self._cache if cached else self.blobs.context).result()
+
+    def discard(self, space: Space, ids: Sequence[int]) -> None:
+        """Removes a chunk cache, as before one that is damaged is written again."""
+        self.drop(space.key, space.chunk_key(ids))
+
+    def drop(self, space: str, chunk: str) -> None:
+        """Removes a chunk cache by its keys: manifest first, then all of its data, unfinished writes' too."""
+        folder = layout.chunk_folder(space, chunk)
+        self.blobs.delete(layout.manifest_file(space, chunk))
+        self.blobs.delete_range(f"{folder}.", f"{folder}0")  # "/" lies between "." and "0"
+
+    spaces = maintain.spaces
+    explain_miss = maintain.explain_miss
+    entries = maintain.entries
+    stats = maintain.stats
+    verify = maintain.verify
+    remove = maintain.remove
+    gc = maintain.gc
+
+
+def _check_layout(blobs: Blobs, marker: bytes) -> None:
+    try:
+        version = int(json.loads(marker)["layout"])
+    except (ValueError, KeyError, TypeError) as e:
+        way_out = f'If this is a chunk store, write {{"layout": {LAYOUT_VERSION}}} into it.'
+        raise StoreError(f"{blobs.where(layout.MARKER)} is damaged. {way_out}") from e
+    if version > LAYOUT_VERSION:
+        raise StoreError(
+            f"{blobs.url} has layout {version}, and this cacheclip-jax reads up to {LAYOUT_VERSION}: "
+            "upgrade it, or name another --store."
+        )
+
+
+def _check_empty(blobs: Blobs) -> None:
+    """Refuses a directory of something else; a marker whose write was interrupted is our own."""
+    if (root := blobs.directory) is None or not root.exists():
+        return
+    with translated("open", blobs.url):
+        foreign = next(
+            (path.name for path in root.iterdir() if not path.name.startswith(layout.MARKER)), None
+        )
+    if foreign:
+        raise StoreError(
+            f"{blobs.url} holds {foreign!r} but no {layout.MARKER}, so it is no chunk store: "
+            "name a new or an empty directory as --store."
+        )
+
+
+def _check_kv(space: Space, ids: Sequence, spans: Sequence, kv: np.ndarray | jax.Array) -> None:
+    shape = space.shape(len(ids))
+    if kv.shape != shape or kv.dtype != space.numpy_dtype:
+        wanted = f"{space.dtype}{list(shape)}"
+        raise BadInput(
+            f"The chunk cache is {kv.dtype}{list(kv.shape)}; {len(ids)} tokens in its space are {wanted}."
+        )
+    if len(spans) != len(ids):
+        raise BadInput(f"The chunk has {len(ids)} tokens but {len(spans)} spans: give one for every token.")
+
+
+def _check_finite(passage_id: str, kv: np.ndarray) -> None:
+    # Bit patterns, because isfinite is slow for bfloat16.
+    bits = np.dtype(f"u{kv.dtype.itemsize}").type
+    infinity = np.array(np.inf, kv.dtype).view(bits)
+    for number, layer in enumerate(kv):
+        if (layer.view(bits) & (np.iinfo(bits).max >> 1)).max() >= infinity:
+            raise BadInput(
+                f"The chunk cache of passage {passage_id} has values in layer {number} that aren't finite: "
+                "check the model's weights, and prefer bfloat16 to float16."
+            )

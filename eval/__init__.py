@@ -1,0 +1,1 @@
+"""Measurements of the system: quality, speed and what it survives."""
