@@ -1,4 +1,4 @@
-"""Bucket sizes: every shape that depends on a request is padded to one of few sizes, so that compiled programs are reused."""
+"""Bucket sizes: every shape that depends on a request is padded to one of few, so that compiled programs are reused."""
 
 
 def bucket(n: int, minimum: int = 64, steps: int = 8) -> int:

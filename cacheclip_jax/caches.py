@@ -103,7 +103,8 @@ class ChunkCaches:
     def start(self, passages: Sequence[Passage], behind: Behind) -> Fetch:
         """Start reading the caches of passages; the reads go on while the caller computes."""
         space = self.space(behind)
-        return Fetch(self, passages, behind, self.store.read_all(space, [(self.encoded(p).ids, p.id) for p in passages]))
+        wanted = [(self.encoded(p).ids, p.id) for p in passages]
+        return Fetch(self, passages, behind, self.store.read_all(space, wanted))
 
     def write(self, passage: Passage, behind: Behind, kv: np.ndarray):
         """Write one chunk cache; returns what to wait on."""

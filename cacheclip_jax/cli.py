@@ -30,15 +30,15 @@ from cacheclip_jax.version import __version__
 # jax and transformers take seconds to import: commands import what they need, so that --help answers at once.
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="KV-cache reuse for RAG: encode passages once, answer by recomputing the few tokens that matter.")
+                  help="KV-cache reuse for RAG: encode passages once, answer by recomputing the tokens that matter.")
 store_app = typer.Typer(no_args_is_help=True, help="Look after a chunk store.")
 app.add_typer(store_app, name="store")
 
 out = Console()
 err = Console(stderr=True)
 
-PrimaryOption = Annotated[str, typer.Option("--primary", envvar="CACHECLIP_PRIMARY", metavar="MODEL",
-                                            help="The model that answers: a pulled name, a directory, a hub id, a .gguf.")]
+PrimaryOption = Annotated[str, typer.Option("--primary", envvar="CACHECLIP_PRIMARY", metavar="MODEL", help=
+                                            "The model that answers: a known name, a directory, a hub id or a .gguf.")]
 AuxOption = Annotated[str, typer.Option("--aux", envvar="CACHECLIP_AUX", metavar="MODEL",
                                         help="The small model that scores tokens; 'none' to do without.")]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CACHECLIP_STORE", metavar="URL",
@@ -151,16 +151,17 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         chunk: Annotated[list[str] | None, typer.Option("--chunk", "-c", help="A stored chunk's id, or its beginning; "
                                                         "repeat, in prompt order. Default: retrieve by BM25.")] = None,
         passages: Annotated[int, typer.Option("--passages", "-k", help="How many passages to retrieve.")] = 8,
-        method: Annotated[str, typer.Option(help="cacheclip, full, prefix, naive, naive-none or random.")] = "cacheclip",
-        ratio: Annotated[float | None, typer.Option(help="Share of context tokens to recompute, 0 to 1 [default: 0.2].")] = None,
+        method: Annotated[str, typer.Option(help="cacheclip, full, prefix, naive, naive-none, random.")] = "cacheclip",
+        ratio: Annotated[float | None, typer.Option(help="Share of context tokens to recompute [default: 0.2].")] = None,
         tokens: Annotated[int | None, typer.Option(help="Instead of a ratio: how many tokens to recompute.")] = None,
-        mass: Annotated[float | None, typer.Option(help="Instead of a ratio: share of the score mass to cover.")] = None,
+        mass: Annotated[float | None, typer.Option(help="Instead of a ratio: share of the scores to cover.")] = None,
         scoring: Annotated[str, typer.Option(help="late, paper, late-joint or paper-joint.")] = "late",
         max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
         temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-        stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat for more.")] = None,
+        stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
         compare: Annotated[bool, typer.Option("--compare", help="Also run full prefill; both warmed up first.")] = False,
-        explain: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page with the recomputed tokens marked.")] = None,
+        explain: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page that marks what was "
+                                                     "recomputed.")] = None,
         dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
     """Answer a question from stored passages."""
     from cacheclip_jax.decode import Sampling
@@ -261,7 +262,8 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
 @app.command()
 def demo(store: Annotated[str, typer.Option(help="Where the demo keeps its chunk caches.")] = "runs/demo/store",
          page: Annotated[Path, typer.Option(help="The explain page to write.")] = Path("runs/demo/explain.html"),
-         primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX, ratio: float = 0.2, as_json: JsonOption = False) -> None:
+         primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX, ratio: float = 0.2,
+         as_json: JsonOption = False) -> None:
     """Fetch a small model pair, index the handbook that ships with the package, answer questions, compare."""
     from cacheclip_jax.demo import run_demo
     rows = run_demo(primary, aux, store, page, ratio, say=(err if as_json else out).print)
@@ -321,7 +323,8 @@ def store_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
 
 
 @store_app.command()
-def rm(ids: Annotated[list[str], typer.Argument(help="Passage ids, or their beginnings.")], store: StoreOption = STORE) -> None:
+def rm(ids: Annotated[list[str], typer.Argument(help="Passage ids, or their beginnings.")],
+       store: StoreOption = STORE) -> None:
     """Remove passages and their chunk caches."""
     dropped = _open(store).remove(*ids)
     out.print(f"{len(ids)} passages and {dropped} chunk caches removed", highlight=False)

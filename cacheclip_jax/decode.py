@@ -21,8 +21,8 @@ from cacheclip_jax.recompute import rows_through_layers
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedy at temperature 0, else from the softmax, cut to the `top_k` best (0: all) and
-    to the smallest set that holds the share `top_p`."""
+    """How the next token is chosen: greedy at temperature 0, else from the softmax, cut to the `top_k` best (0: all)
+    and to the smallest set that holds the share `top_p`."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -40,7 +40,7 @@ class Sampling:
 
 @struct.dataclass
 class DecodeState:
-    """Where a generation stands: the last token, its position (not in the cache yet), the random key, whether it ended."""
+    """Where a generation stands: the last token, its position (not in the cache yet), the random key, if it ended."""
 
     token: Int[Array, ""]
     position: Int[Array, ""]

@@ -20,7 +20,8 @@ PASSAGES = 12
 CHUNK_TOKENS = 192
 
 
-def run_demo(primary: str, aux: str, store: str, page: Path, ratio: float, say: Callable[..., None]) -> list[dict[str, Any]]:
+def run_demo(primary: str, aux: str, store: str, page: Path, ratio: float, say: Callable[..., None]
+             ) -> list[dict[str, Any]]:
     """Index, ask, compare; prints as it goes and returns the table's rows."""
     from cacheclip_jax.cli import index_with_progress, load
 
@@ -47,8 +48,9 @@ def run_demo(primary: str, aux: str, store: str, page: Path, ratio: float, say: 
             results[method] = result
         full, repaired = results["full"], results["cacheclip"]
         write_explain_page(page, question, repaired, clip.primary)
-        rows.append({"question": question, "expected": item["answer"], "answer": repaired.text, "full_answer": full.text,
-                     "correct": _contains(repaired.text, item["answer"]), "full_correct": _contains(full.text, item["answer"]),
+        accepted = item["answer"]
+        rows.append({"question": question, "expected": accepted, "answer": repaired.text, "full_answer": full.text,
+                     "correct": _contains(repaired.text, accepted), "full_correct": _contains(full.text, accepted),
                      "passages_needed": len(item["needs"]), "context_tokens": repaired.context_tokens,
                      "ttft_full": full.times.ttft, "ttft": repaired.times.ttft, "ratio": ratio,
                      "realised_ratio": repaired.realised_ratio})
@@ -66,10 +68,10 @@ def _contains(text: str, accepted: list[str]) -> bool:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("question", "passages needed", "answer by CacheClip", "right", "TTFT full", "TTFT CacheClip", "speed-up",
-                  "ratio", "realised")
+    table = Table("question", "passages needed", "answer by CacheClip", "right", "TTFT full", "TTFT CacheClip",
+                  "speed-up", "ratio", "realised")
     for r in rows:
-        table.add_row(escape(r["question"]), str(r["passages_needed"]), escape(r["answer"]), "yes" if r["correct"] else "no",
-                      f"{r['ttft_full']:.2f} s", f"{r['ttft']:.2f} s", f"{r['ttft_full'] / r['ttft']:.1f}x",
+        table.add_row(escape(r["question"]), str(r["passages_needed"]), escape(r["answer"]),
+                      "yes" if r["correct"] else "no", f"{r['ttft_full']:.2f} s", f"{r['ttft']:.2f} s", f"{r['ttft_full'] / r['ttft']:.1f}x",
                       f"{r['ratio']:.0%}", f"{r['realised_ratio']:.1%}")
     return table

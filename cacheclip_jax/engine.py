@@ -211,7 +211,8 @@ class CacheClip:
         return AnswerStream(self.primary.model, prefill, text, sampling, max_new_tokens)
 
     def prefill(self, question: str, chunks: Sequence[Chunk] | None = None, *, method: str | Method = "cacheclip",
-                ratio: float | None = None, budget: Budget | None = None, passages: int = 8, reserve: int = 0) -> Prefill:
+                ratio: float | None = None, budget: Budget | None = None, passages: int = 8, reserve: int = 0
+                ) -> Prefill:
         """Everything up to the first token's logits: score, load, assemble, recompute.
 
         `reserve` slots are kept free in the cache for tokens that will be decoded. See `stream` for the rest.
@@ -250,7 +251,7 @@ class CacheClip:
             pass
 
     def continuation(self, prefill: Prefill, ids: Sequence[int]) -> np.ndarray:
-        """Logits [len(ids), V] after each of `ids`, fed as the answer so far; uses the prefill's cache up."""
+        """Logits [len(ids), V] after each of `ids`, fed as the answer so far; the prefill stays as it is."""
         start = len(prefill.prompt.ids)
         if start + len(ids) > prefill.cache.slots:
             raise BadInput(f"{len(ids)} tokens don't fit the cache: prefill with reserve={len(ids)} or more")

@@ -30,10 +30,10 @@ def recompute(params: Params, cfg: ModelConfig, ids: Int[Array, "T"], positions:
     return decoder.logits(params, cfg, x)[0], cache
 
 
-@partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+@partial(jax.jit, static_argnames="cfg")
 def continuation_logits(params: Params, cfg: ModelConfig, ids: Int[Array, "T"], positions: Int[Array, "T"],
                         cache: KVCache) -> Float[Array, "T V"]:
-    """Logits of every row: how a repaired cache judges a given continuation. The cache is donated."""
+    """Logits of every row: how a repaired cache judges a given continuation. The cache stays as it is."""
     x, _ = rows_through_layers(params, cfg, decoder.embed(params, ids), positions, cache)
     return decoder.logits(params, cfg, x)
 

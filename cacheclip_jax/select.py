@@ -62,7 +62,7 @@ class Windows:
 
     def __post_init__(self) -> None:
         if not 1 <= self.density <= self.size:
-            raise BadInput(f"density {self.density} is out of range: it must be between 1 and the window size {self.size}")
+            raise BadInput(f"density {self.density} is out of range: 1 to the window size {self.size}")
 
 
 def select(scores: np.ndarray, chunk_lengths: Sequence[int], budget: Budget, grouping: Groups | Windows = Groups()

@@ -47,7 +47,7 @@ def verify(clip: CacheClip, question: str, chunks: Sequence[Chunk], *, method: M
         _below("ratio 1.0 equals full prefill", float(np.abs(recomputed - expected).max()), limit, stated),
         _below("one chunk at ratio 0 equals full prefill", float(np.abs(one_reused - one_full).max()), limit, stated),
     ]
-    ids = clip.greedy(full, answer_tokens)
+    ids = clip.greedy(full, answer_tokens)  # uses the cache up: the tokens' logits take a second prefill
     full = clip.prefill(question, chunks, method=Full(), reserve=answer_tokens)
     reference = np.stack([expected, *clip.continuation(full, ids)])
     reused = clip.prefill(question, chunks, method=method, reserve=answer_tokens)

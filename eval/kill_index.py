@@ -1,7 +1,7 @@
 """Kills an indexing process at random moments, and checks that nothing it had committed is lost or changed.
 
 python eval/kill_index.py                      # a small writer of random chunk caches, 20 kills
-python eval/kill_index.py --span 30 --command "cacheclip index docs/ --store {store}"
+python eval/kill_index.py --span 20 --command "cacheclip index docs/ --store {store}"
 
 After every kill the store is opened, verified and read in full. An index that completes before its kill is checked
 too, and the next one starts in a fresh store. The last run isn't killed and has to complete. Prints a summary in
@@ -101,13 +101,14 @@ def check(url: Path, before: Digests, report: Report) -> Digests:
 
 
 def run(command: str, root: Path, kills: int, span: float, seed: int) -> Report:
-    """Starts and kills `command` until it was killed `kills` times, up to `span` seconds after its start."""
+    """Starts and kills `command` until it was killed `kills` times, up to `span` seconds after it began to write."""
     report, rng = Report(), random.Random(seed)
     stores = (root / str(i) for i in itertools.count())
     store, committed = next(stores), Digests()
     while report.kills < kills:
         with _start(command, store) as process:
             try:
+                _wait_for_writes(process, store)
                 code = process.wait(rng.uniform(0, span))
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -133,6 +134,12 @@ def _start(command: str, store: Path) -> subprocess.Popen:
     return subprocess.Popen(words, start_new_session=True, stdout=sys.stderr)
 
 
+def _wait_for_writes(process: subprocess.Popen, store: Path) -> None:
+    before = sum(1 for _ in store.rglob("*"))
+    while process.poll() is None and sum(1 for _ in store.rglob("*")) <= before:
+        time.sleep(0.01)
+
+
 def _sha(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -141,7 +148,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--command", help="the index to kill; {store} stands for the store's directory")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--span", type=float, default=4.0, help="a run is killed within so many seconds")
+    parser.add_argument(
+        "--span", type=float, default=1.0, help="a run is killed within so many seconds of its first write"
+    )
     parser.add_argument("--store", type=Path, help="where to make the stores; default: a temporary directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chunks", type=int, default=400, help="chunks that the built-in index writes")

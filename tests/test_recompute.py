@@ -19,7 +19,8 @@ def repaired(params, cfg, prefix, chunks, question, chosen, pad=0, behind="share
     """Logits after recomputing the context tokens `chosen` and the question."""
     ids = np.concatenate([prefix, *chunks, question])
     context = len(ids) - len(prefix) - len(question)
-    positions = np.concatenate([len(prefix) + np.asarray(chosen, int), len(prefix) + context + np.arange(len(question))])
+    asked = len(prefix) + context + np.arange(len(question))
+    positions = np.concatenate([len(prefix) + np.asarray(chosen, int), asked])
     return rows(params, cfg, ids[positions], positions, assembled(params, cfg, prefix, chunks, SLOTS, behind), pad)
 
 

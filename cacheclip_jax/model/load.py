@@ -70,21 +70,26 @@ def load_model(source: str | Path, *, dtype: Any, mesh: Mesh | None = None,
     the setting when the decoder would not compute the model exactly.
     """
     path = _locate(source)
+    words = _tokenizer(path if tokenizer is None else _locate(tokenizer))
+    config, params, fingerprint = load_params(path, dtype, mesh)
+    if words.vocab_size > config.vocab_size:
+        raise BadModelFile(f"{path}: the tokenizer has {words.vocab_size} ids and the model embeds only "
+                           f"{config.vocab_size}: they don't belong together")
+    name = str(source)
+    if Path(source).expanduser().exists():
+        name = path.stem if path.is_file() else path.resolve().name
+    return Model(name, config, params, words, fingerprint)
+
+
+def load_params(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, str]:
+    """A directory's or .gguf file's config, weights and fingerprint, without a tokenizer. Raises as `load_model`."""
     if path.is_dir():
         config, tensors = read_config(path), safetensors_tensors(path)
     else:
         config, tensors = gguf.gguf_config(path), gguf.gguf_tensors(path)
     used = _matched(tensors, config, str(path))
-    words = _tokenizer(path if tokenizer is None else _locate(tokenizer))
     gguf.forget()
-    if words.vocab_size > config.vocab_size:
-        raise BadModelFile(f"{path}: the tokenizer has {words.vocab_size} ids and the model embeds only "
-                           f"{config.vocab_size}: they don't belong together")
-    params = _read_params(used, config, dtype, mesh)
-    name = str(source)
-    if Path(source).expanduser().exists():
-        name = path.stem if path.is_file() else path.resolve().name
-    return Model(name, config, params, words, _fingerprint(used, config))
+    return config, _read_params(used, config, dtype, mesh), _fingerprint(used, config)
 
 
 def _locate(source: str | Path) -> Path:

@@ -152,6 +152,8 @@ def pull(name_or_source: str, directory: Path | None = None, *, hub_timeout: flo
     with FileLock(work.with_suffix(".lock")):  # a second pull of the same model waits, and finds it done
         if (origin := _origin(final)) is not None:
             return Pulled(final, origin)
+        if final.exists() and not (final / _MARKER).exists():
+            raise BadModelFile(f"{final} exists and wasn't pulled: move it away, or give its path to use it as it is")
         work.mkdir(exist_ok=True)
         report = progress or (lambda description, done, total: None)
         built, origin = _fetch(name_or_source, known, work, hub_timeout, report, keep_gguf)

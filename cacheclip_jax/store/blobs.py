@@ -1,5 +1,7 @@
 """Named bytes on a disk, in memory or in a bucket, with errors that say what to do."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -41,7 +43,7 @@ class Blobs:
     kv: ts.KvStore
 
     @classmethod
-    def open(cls, url: str | Path) -> "Blobs":
+    def open(cls, url: str | Path) -> Blobs:
         scheme, found, rest = str(url).partition("://")
         if not found:
             scheme, rest = "file", str(url)

@@ -1,5 +1,7 @@
 """Looking after a store: what is in it, whether it is whole, and making it smaller. Methods of ChunkStore."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections import Counter
@@ -81,12 +83,12 @@ class _Key(NamedTuple):
     chunk: str
 
 
-def spaces(store: "ChunkStore") -> dict[str, Space]:
+def spaces(store: ChunkStore) -> dict[str, Space]:
     """The spaces that chunk caches were ever written for, by key; damaged records are left out."""
     return dict(_spaces(store, store.blobs.list("kv/")))
 
 
-def _spaces(store: "ChunkStore", files: list[str]) -> Iterator[tuple[str, Space]]:
+def _spaces(store: ChunkStore, files: list[str]) -> Iterator[tuple[str, Space]]:
     for file, data in store.blobs.read_all(file for file in files if layout.SPACE.fullmatch(file)):
         try:
             space = Space.from_json(data or b"")
@@ -96,7 +98,7 @@ def _spaces(store: "ChunkStore", files: list[str]) -> Iterator[tuple[str, Space]
             yield space.key, space
 
 
-def explain_miss(store: "ChunkStore", space: Space) -> str | None:
+def explain_miss(store: ChunkStore, space: Space) -> str | None:
     """How the store's nearest space differs from this one; None when it has this one, or none at all."""
     if store.blobs.read(layout.space_file(space.key)) is not None or not (known := spaces(store)):
         return None
@@ -119,9 +121,7 @@ def _differences(space: Space, other: Space) -> list[str]:
         ours, theirs = space.prefix_ids, other.prefix_ids
         pairs = zip(ours, theirs, strict=False)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-        found.append(
-            f"the prefix ({len(theirs)} tokens, not {len(ours)}, and different from token {first} on)"
-        )
+        found.append(f"the prefix ({len(theirs)} tokens, not {len(ours)}, and different from token {first} on)")
     if space.shape(1) != other.shape(1):
         (l, _, k, _, h), (l2, _, k2, _, h2) = other.shape(1), space.shape(1)
         found.append(f"the shape ({l} layers, {k} KV heads of {h}, not {l2}, {k2} of {h2})")
@@ -130,14 +130,14 @@ def _differences(space: Space, other: Space) -> list[str]:
     return found
 
 
-def entries(store: "ChunkStore") -> Iterator[Entry]:
+def entries(store: ChunkStore) -> Iterator[Entry]:
     """The manifests of all committed chunk caches; damaged ones are left out."""
     for _, _, entry in _entries(store, store.blobs.list("kv/")):
         if isinstance(entry, Entry):
             yield entry
 
 
-def _entries(store: "ChunkStore", files: list[str]) -> Iterator[tuple[str, _Key, Entry | ValueError]]:
+def _entries(store: ChunkStore, files: list[str]) -> Iterator[tuple[str, _Key, Entry | ValueError]]:
     keys = {file: _Key(*match.groups()) for file in files if (match := layout.MANIFEST.fullmatch(file))}
     for file, data in store.blobs.read_all(keys):
         if data is None:
@@ -151,7 +151,7 @@ def _entries(store: "ChunkStore", files: list[str]) -> Iterator[tuple[str, _Key,
             yield file, keys[file], e
 
 
-def stats(store: "ChunkStore") -> StoreStats:
+def stats(store: ChunkStore) -> StoreStats:
     """Counts everything; reads every manifest and every passage."""
     passages = store.passages()
     chunks, tokens, size = Counter[str](), Counter[str](), Counter[str]()
@@ -163,7 +163,7 @@ def stats(store: "ChunkStore") -> StoreStats:
     return StoreStats(len(passages), len({p.document for p in passages}), tuple(each))
 
 
-def verify(store: "ChunkStore", progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+def verify(store: ChunkStore, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
     """Reads every file of the store in full; `progress` hears how many are done, and of how many."""
     problems: list[Problem] = []
     files = store.blobs.list("kv/")
@@ -194,9 +194,7 @@ def verify(store: "ChunkStore", progress: Callable[[int, int], None] | None = No
         step()
     used = {key.space for key in committed}
     for space in sorted(used - known.keys()):
-        message = (
-            "What its chunk caches were made for is missing or damaged; the next index run writes it again."
-        )
+        message = "What its chunk caches were made for is missing or damaged; the next index run writes it again."
         problems.append(Problem("space", layout.space_file(space), message, space=space))
     for key in sorted(_data(files) - committed):
         message = "Data of a write that didn't finish, or hasn't yet."
@@ -204,7 +202,7 @@ def verify(store: "ChunkStore", progress: Callable[[int, int], None] | None = No
     return problems
 
 
-def _check_chunk(store: "ChunkStore", space: Space, entry: Entry, owners: set[str]) -> Iterator[Problem]:
+def _check_chunk(store: ChunkStore, space: Space, entry: Entry, owners: set[str]) -> Iterator[Problem]:
     key = _Key(entry.space, entry.chunk)
     try:
         Entry.parse(entry.to_json(), space, entry.ids)
@@ -224,7 +222,7 @@ def _check_chunk(store: "ChunkStore", space: Space, entry: Entry, owners: set[st
         yield Problem("unowned", layout.manifest_file(*key), message, entry.passage, *key)
 
 
-def remove(store: "ChunkStore", *passage_ids: str) -> int:
+def remove(store: ChunkStore, *passage_ids: str) -> int:
     """Removes passages and their chunk caches; returns how many of these.
 
     A chunk cache whose text is that of another passage too stays, as that one's.
@@ -248,7 +246,7 @@ def remove(store: "ChunkStore", *passage_ids: str) -> int:
     return dropped
 
 
-def gc(store: "ChunkStore", max_bytes: int, grace: float = 3600.0) -> GCReport:
+def gc(store: ChunkStore, max_bytes: int, grace: float = 3600.0) -> GCReport:
     """Removes what unfinished writes left, then the oldest chunk caches until the rest is within `max_bytes`.
 
     A write that began in the last `grace` seconds may be under way, so it is left alone. Passages stay: a
@@ -276,7 +274,7 @@ def _data(files: list[str]) -> set[_Key]:
     return {_Key(*match.groups()) for file in files if (match := layout.DATA.fullmatch(file))}
 
 
-def _zarr(store: "ChunkStore", key: _Key) -> dict | None:
+def _zarr(store: ChunkStore, key: _Key) -> dict | None:
     """The array's description without our attributes; None when it is missing or damaged."""
     try:
         zarr = json.loads(store.blobs.read(layout.metadata_file(*key)) or b"")
@@ -285,7 +283,7 @@ def _zarr(store: "ChunkStore", key: _Key) -> dict | None:
         return None
 
 
-def _began(store: "ChunkStore", key: _Key) -> float:
+def _began(store: ChunkStore, key: _Key) -> float:
     """When the write of an array began. Data without a description was being removed."""
     try:
         return float(json.loads(store.blobs.read(layout.metadata_file(*key)) or b"")["attributes"]["created"])

@@ -1,5 +1,7 @@
 """A chunk cache on its way from the store to the host."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -25,7 +27,7 @@ class PendingKV:
 
     def __init__(
         self,
-        store: "ChunkStore",
+        store: ChunkStore,
         space: Space,
         ids: Sequence[int],
         passage_id: str,
@@ -66,7 +68,7 @@ class PendingKV:
         for layer in self._layers:
             layer.exception()
 
-    def unless_missing(self) -> "PendingKV | None":
+    def unless_missing(self) -> PendingKV | None:
         """Itself, or None when the store has no such chunk cache; waits for the manifest."""
         return None if self._entry is None else self
 

@@ -1,5 +1,7 @@
 """What the store writes down in JSON: passages, spaces and entries, each carrying a hash of itself."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -31,7 +33,7 @@ class Passage:
     end: int
 
     @classmethod
-    def make(cls, text: str, document: str = "", start: int = 0, end: int | None = None) -> "Passage":
+    def make(cls, text: str, document: str = "", start: int = 0, end: int | None = None) -> Passage:
         end = start + len(text) if end is None else end
         return cls(_passage_id(text, document, start, end), text, document, start, end)
 
@@ -39,7 +41,7 @@ class Passage:
         return _canonical(asdict(self))
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Passage":
+    def from_json(cls, data: bytes) -> Passage:
         """Parses; raises ValueError for any byte that isn't as it was written."""
         passage = _parse(cls, json.loads(data))
         id = _passage_id(passage.text, passage.document, passage.start, passage.end)
@@ -66,9 +68,7 @@ class Space:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise BadInput(
-                f"A chunk cache can't be stored as {self.dtype}: choose one of {', '.join(DTYPES)}."
-            )
+            raise BadInput(f"A chunk cache can't be stored as {self.dtype}: choose one of {', '.join(DTYPES)}.")
 
     @cached_property
     def key(self) -> str:
@@ -91,7 +91,7 @@ class Space:
         return seal(asdict(self))
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Space":
+    def from_json(cls, data: bytes) -> Space:
         return _parse(cls, unseal(data))
 
 
@@ -109,9 +109,7 @@ class Entry:
     created: float
 
     @classmethod
-    def make(
-        cls, space: Space, passage: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]
-    ) -> "Entry":
+    def make(cls, space: Space, passage: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> Entry:
         shape = space.shape(len(ids))
         size = math.prod(shape) * space.numpy_dtype.itemsize
         return cls(
@@ -133,11 +131,11 @@ class Entry:
         return seal(asdict(self))
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Entry":
+    def from_json(cls, data: bytes) -> Entry:
         return _parse(cls, unseal(data))
 
     @classmethod
-    def parse(cls, data: bytes, space: Space, ids: Sequence[int]) -> "Entry":
+    def parse(cls, data: bytes, space: Space, ids: Sequence[int]) -> Entry:
         """The manifest of exactly this chunk; raises ValueError for anything else."""
         entry = cls.from_json(data)
         wanted = (space.key, space.chunk_key(ids), _ints(ids), space.shape(len(ids)))
@@ -145,7 +143,7 @@ class Entry:
             raise ValueError("it describes another chunk")
         return entry
 
-    def inherited(self, passage: str) -> "Entry":
+    def inherited(self, passage: str) -> Entry:
         """The same chunk cache as another passage's with the same text."""
         return replace(self, passage=passage)
 

@@ -1,12 +1,14 @@
 """The chunk store: passages and chunk caches, written once and read many times."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Float
@@ -16,6 +18,9 @@ from cacheclip_jax.store import layout, maintain
 from cacheclip_jax.store.blobs import Blobs, translated
 from cacheclip_jax.store.pending import PendingKV
 from cacheclip_jax.store.records import ID_DIGITS, LAYOUT_VERSION, Entry, Passage, Space, is_chunk_id
+
+if TYPE_CHECKING:
+    import jax
 
 _WRITERS = 4
 _LIST = "`cacheclip store ls` lists the ids."
@@ -32,7 +37,7 @@ class ChunkStore:
         self._known_spaces: set[str] = set()
 
     @classmethod
-    def open(cls, url: str | Path, *, create: bool = True, cache_bytes: int = 0) -> "ChunkStore":
+    def open(cls, url: str | Path, *, create: bool = True, cache_bytes: int = 0) -> ChunkStore:
         """Opens the store at a directory or a file://, memory://, s3:// or gs:// URL.
 
         `cache_bytes` of what was read stay in host memory. Raises BadInput for another kind of URL, and
@@ -66,16 +71,12 @@ class ChunkStore:
     def resolve(self, prefix: str) -> str:
         """The one passage id that begins with `prefix`; raises BadInput when there is none or several."""
         if not is_chunk_id(prefix):
-            raise BadInput(
-                f"{prefix!r} is no passage id, which is {ID_DIGITS} digits of 0-9 and a-f: {_LIST}"
-            )
+            raise BadInput(f"{prefix!r} is no passage id, which is {ID_DIGITS} digits of 0-9 and a-f: {_LIST}")
         found = self.passage_ids(prefix)
         if not found:
             raise BadInput(f"{self.url} has no passage {prefix}: {_LIST}")
         if len(found) > 1:
-            raise BadInput(
-                f"{prefix} begins {len(found)} ids ({', '.join(found[:3])}, ...): give more digits."
-            )
+            raise BadInput(f"{prefix} begins {len(found)} ids ({', '.join(found[:3])}, ...): give more digits.")
         return found[0]
 
     def passage(self, id: str) -> Passage:
@@ -260,9 +261,7 @@ def _check_empty(blobs: Blobs) -> None:
     if (root := blobs.directory) is None or not root.exists():
         return
     with translated("open", blobs.url):
-        foreign = next(
-            (path.name for path in root.iterdir() if not path.name.startswith(layout.MARKER)), None
-        )
+        foreign = next((path.name for path in root.iterdir() if not path.name.startswith(layout.MARKER)), None)
     if foreign:
         raise StoreError(
             f"{blobs.url} holds {foreign!r} but no {layout.MARKER}, so it is no chunk store: "
@@ -274,9 +273,7 @@ def _check_kv(space: Space, ids: Sequence, spans: Sequence, kv: np.ndarray | jax
     shape = space.shape(len(ids))
     if kv.shape != shape or kv.dtype != space.numpy_dtype:
         wanted = f"{space.dtype}{list(shape)}"
-        raise BadInput(
-            f"The chunk cache is {kv.dtype}{list(kv.shape)}; {len(ids)} tokens in its space are {wanted}."
-        )
+        raise BadInput(f"The chunk cache is {kv.dtype}{list(kv.shape)}; {len(ids)} tokens in its space are {wanted}.")
     if len(spans) != len(ids):
         raise BadInput(f"The chunk has {len(ids)} tokens but {len(spans)} spans: give one for every token.")
 
