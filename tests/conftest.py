@@ -79,7 +79,7 @@ def max_diff(a, b) -> float:
 
 @pytest.fixture(scope="session")
 def real_model_path():
-    """Directory of a small real model by name, pulled on first use; without a network the test is skipped, but not in CI."""
+    """Directory of a real model by name, pulled on first use; where that fails the test is skipped, but not in CI."""
     def fetch(name: str) -> Path:
         try:
             return pull(name).path

@@ -1,0 +1,67 @@
+"""Answer a list of questions with several methods, by config; one JSON line each. See configs/ask.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.progress import track
+
+from cacheclip_jax import Budget, CacheClip, Scoring
+from cacheclip_jax.demo import CORPUS, contains
+from cacheclip_jax.documents import read_documents
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.methods import AuxGuided, Method, make
+from cacheclip_jax.model.pull import MODELS, pull
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, see configs/ask.py.", lock_config=True)
+flags.mark_flag_as_required("config")
+
+
+def run(config) -> Path:
+    """Index, ask, write; returns the file. Refuses to overwrite a finished run."""
+    target = Path(config.out)
+    if target.exists():
+        raise BadInput(f"{target} exists: name another --config.out, or delete it")
+    for name in {config.primary, config.aux} & set(MODELS):
+        pull(name)
+    clip = CacheClip.load(config.primary, config.aux, config.store, dtype=config.dtype)
+    sources = [str(CORPUS) if d == "demo" else d for d in config.documents]
+    clip.index(read_documents(sources), chunk_tokens=config.chunk_tokens)
+    questions = CORPUS / "questions.json" if config.questions == "demo" else Path(config.questions)
+    items = json.loads(questions.read_text(encoding="utf-8"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".part")
+    with partial.open("w", encoding="utf-8") as out:
+        for item in track(items, "asking"):
+            chunks = clip.retrieve(item["question"], config.passages)
+            for name in config.methods:
+                result = clip.ask(item["question"], chunks, method=configured(config, name),
+                                  max_new_tokens=config.max_new_tokens)
+                row = {"question": item["question"], "accepted": item["answer"], **result.to_dict()}
+                out.write(json.dumps({**row, "correct": contains(result.text, item["answer"])}) + "\n")
+    partial.replace(target)
+    return target
+
+
+def configured(config, name: str) -> Method:
+    """A method by name with the run's ratio and scoring."""
+    budget = Budget(ratio=config.ratio)
+    if name != "cacheclip":
+        return make(name, budget)
+    settings = dict(config.scoring)
+    if not isinstance(settings["layers"], str):
+        settings["layers"] = tuple(settings["layers"])
+    return AuxGuided(budget, Scoring(**settings))
+
+
+def main(argv: list[str]) -> None:
+    """absl's entry point."""
+    del argv
+    print(run(_CONFIG.value))
+
+
+if __name__ == "__main__":
+    app.run(main)
