@@ -86,6 +86,22 @@ def write_directory(directory: Path, raw: dict[str, Any], tensors: dict[str, np.
     return directory
 
 
+def write_pair(directory: Path) -> tuple[Path, Path]:
+    """Write a primary and an aux model whose tokenizers split words differently.
+
+    The weights are small enough for smooth attention, and large enough that a chunk reads otherwise alone.
+    """
+    def smooth(raw: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+        return {name: 1 + w / 10 if "norm" in name else w * np.float32(0.3) for name, w in weights(raw, seed).items()}
+
+    primary = write_directory(directory / "primary", QWEN2, smooth(QWEN2, 0))
+    aux = write_directory(directory / "aux", LLAMA, smooth(LLAMA, 1))
+    content = json.loads(bpe().to_str())
+    del content["model"]["merges"][4:]
+    (aux / "tokenizer.json").write_text(json.dumps(content))
+    return primary, aux
+
+
 _PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
           "self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "mlp.gate_proj": "ffn_gate",
           "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from cacheclip_jax.model.config import Llama3Scaling, ModelConfig, Rope
 from cacheclip_jax.model.params import init
 from cacheclip_jax.model.pull import pull
 from cacheclip_jax.recompute import recompute
+from tests.checkpoints import write_pair
 
 _BASE = dict(num_layers=3, d_model=32, d_mlp=64, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96,
              rope=Rope(theta=10000.0), norm_eps=1e-6, max_positions=4096, tied=False)
@@ -89,3 +91,11 @@ def real_model_path():
             pytest.skip(f"{name} can't be fetched here: {e}")
 
     return fetch
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Iterator[tuple[Path, Path]]:
+    """Directories of a tiny primary and aux model; compiled programs are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield write_pair(tmp_path_factory.mktemp("pair"))
