@@ -97,7 +97,7 @@ def split(document: Document, tokenizer: Tokenizer, chunk_tokens: int, overlap: 
     while first < len(spans):
         last = min(first + chunk_tokens, len(spans))  # one past the last token
         if last < len(spans):
-            last = _boundary(text, spans, first + chunk_tokens // 2, last)
+            last = _whole_character(spans, _boundary(text, spans, first + chunk_tokens // 2, last), first)
         start, end = spans[first][0], spans[last - 1][1]
         body = text[start:end]
         start, end = start + len(body) - len(body.lstrip()), end - (len(body) - len(body.rstrip()))
@@ -105,8 +105,13 @@ def split(document: Document, tokenizer: Tokenizer, chunk_tokens: int, overlap: 
             passages.append(Passage.make(text[start:end], document=name, start=start, end=end))
         if last == len(spans):
             break
-        first = max(last - overlap, first + 1)
+        first = max(_whole_character(spans, last - overlap, first), first + 1)
     return passages
+
+
+def _whole_character(spans: tuple[tuple[int, int], ...], index: int, low: int) -> int:
+    """The last token index in (low, index] before which no character is cut: one may take several tokens."""
+    return next((i for i in range(index, low + 1, -1) if spans[i][0] >= spans[i - 1][1]), index)
 
 
 def _boundary(text: str, spans: tuple[tuple[int, int], ...], low: int, high: int) -> int:

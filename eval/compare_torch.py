@@ -5,15 +5,16 @@ cacheclip pull qwen2.5-coder-0.5b && cacheclip pull smollm2-135m
 python eval/compare_torch.py --chunks 3 7 12 --json compare.json
 python eval/compare_torch.py --model path/to/qwen --aux path/to/smollm2 --dtype bfloat16
 
-The torch side computes in float32 from the prompt's ids alone. transformers encodes every chunk behind the shared prefix
-(or alone); keys are rotated back, and then to their place in the prompt; the given context tokens and the question
-run through a loop over the model's layers with an explicit mask; attention of the aux's question rows is averaged,
-carried to the primary's tokens byte by byte, and the best groups are taken. The package computes in --dtype. Its part
-is only what is public: CacheClip.load, prefill and ask with methods.
+The torch side computes in float32 from the prompt's ids alone. transformers encodes every chunk behind the shared
+prefix (or alone); keys are rotated back, and then to their place in the prompt; the given context tokens and the
+question run through a loop over the model's layers with an explicit mask; attention of the aux's question rows is
+averaged, carried to the primary's tokens byte by byte, and the best groups are taken. The package computes in --dtype.
+Its part is only what is public: CacheClip.load, prefill and ask with methods.
 
-Prints a table. Exits with 1 when a cosine is below 0.999 (0.99 for float16 and bfloat16), a top-1 differs, or the
-ratio that `ask` reports isn't the share of tokens that were asked for. In bfloat16 a top-1 that differs is only shown,
-and selections may differ where groups score alike. Takes about ten minutes and 8 GB on two CPU cores.
+Prints a table. Exits with 1 when a cosine is below 0.999, a top-1 differs, an entry differs by more than 1e-4 of the
+largest one, or `ask` reports another ratio than the one it was given. In bfloat16 and float16 only logits are judged,
+and only by a cosine below 0.99: two groups that score nearly alike may change places. Takes half an hour and 8 GB on
+two CPU cores.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from cacheclip_jax import Budget, CacheClip, Scoring
 from cacheclip_jax.methods import AuxGuided, Full, Given, Naive
@@ -213,15 +215,18 @@ class Comparison:
         self.random = np.random.default_rng(seed)
         self.rows: list[Row] = []
 
-    def add(self, what: str, chunks: int, prefix: str, recomputed: str, ours: Any, theirs: Any) -> None:
+    def add(self, what: str, chunks: int, prefix: str, recomputed: str, ours: Any, theirs: Any,
+            judged: bool = True) -> None:
         """Compare two vectors; prints the row."""
         a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         cosine = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        same = int(a.argmax()) == int(b.argmax())
-        passed = cosine >= (0.999 if self.exact else 0.99) and (same or not self.exact)  # False for NaN
-        row = Row(what, chunks, prefix, recomputed, len(a), cosine, float(np.abs(a - b).max()), same, passed)
-        self.rows.append(row)
-        print(f"{what:42} {chunks:6} {prefix:7} {recomputed:>10} {len(a):7} {cosine:11.8f} {row.max_diff:9.2e} "
+        worst, same = float(np.abs(a - b).max()), int(a.argmax()) == int(b.argmax())
+        if self.exact:  # written so that a NaN fails
+            passed = cosine >= 0.999 and worst <= 1e-4 * float(np.abs(b).max()) and same
+        else:
+            passed = cosine >= 0.99 or not judged
+        self.rows.append(Row(what, chunks, prefix, recomputed, len(a), cosine, worst, same, passed))
+        print(f"{what:42} {chunks:6} {prefix:7} {recomputed:>10} {len(a):7} {cosine:11.8f} {worst:9.2e} "
               f"{'yes' if same else 'NO':>5} {'' if passed else 'FAILED'}", flush=True)
 
     def given(self, what: str, texts: list[str], prefix: str, prompt: Any, tokens: list[int]) -> None:
@@ -246,10 +251,10 @@ class Comparison:
         full = self.clip.prefill(self.question, texts, method=Full())
         prompt = full.prompt
         self.add("full prefill, transformers' own forward", len(texts), "-", "all", full.logits,
-                 self.torch.full(prompt.ids))
+                 self.torch.full(prompt.ids.tolist()))
         some, every = self.random_groups(prompt.chunk_lengths), list(range(prompt.context_tokens))
         for prefix in ("shared", "none"):
-            naive = self.clip.prefill(self.question, texts, method=Naive(prefix)).logits  # type: ignore[arg-type]
+            naive = self.clip.prefill(self.question, texts, method=Naive(prefix)).logits
             self.add("naive", len(texts), prefix, "0.0%", naive, self.repaired(prompt, prefix, []))
             for tokens in ([], some, every):
                 self.given("given tokens", texts, prefix, prompt, tokens)
@@ -261,7 +266,7 @@ class Comparison:
             method = AuxGuided(Budget(ratio=RATIO), scoring)
             own = self.aux_clip.prefill(self.question, texts, method=method)
             theirs = self.aux_torch.score(own.prompt, scoring)
-            self.add(f"scores: {name}", len(texts), "shared", "", own.plan.scores, theirs)
+            self.add(f"scores: {name}", len(texts), "shared", "", own.plan.scores, theirs, self.exact)
             prefill = self.clip.prefill(self.question, texts, method=method)
             prompt = prefill.prompt
             lengths = prompt.chunk_lengths
@@ -269,15 +274,18 @@ class Comparison:
             carried = np.concatenate([
                 mapped(part, self.aux_bytes.lengths(a.ids), self.bytes.lengths(b.ids))
                 for part, a, b in zip(split, own.prompt.chunks, prompt.chunks, strict=True)])
-            self.add("  on the primary's tokens", len(texts), "shared", "", prefill.plan.scores, carried)
+            self.add("  on the primary's tokens", len(texts), "shared", "", prefill.plan.scores, carried,
+                     self.exact)
             groups = sorted(groups_of(lengths), key=lambda g: -carried[g.start:g.stop].sum())
             tokens = taken(groups, round(RATIO * sum(lengths)))
             mask = np.zeros(len(carried))
             mask[tokens] = 1
             self.add("  selected tokens (0 or 1)", len(texts), "shared", f"{mask.mean():.1%}", prefill.plan.recompute,
-                     mask)
+                     mask, self.exact)
+            # Where a narrower dtype selects otherwise, other logits are right.
+            same = np.flatnonzero(prefill.plan.recompute)
             self.add("  logits after it", len(texts), "shared", f"{mask.mean():.1%}", prefill.logits,
-                     self.repaired(prompt, "shared", tokens))
+                     self.repaired(prompt, "shared", tokens if self.exact else same.tolist()))
 
     def odd(self, texts: list[str]) -> None:
         """Other orders, a chunk twice, characters of several bytes and code points, a chunk of hardly any tokens."""
@@ -290,7 +298,17 @@ class Comparison:
             self.add("  ratio that ask reports", len(chosen), "shared", f"{result.realised_ratio:.1%}",
                      [result.realised_ratio, result.recomputed_tokens],
                      [len(tokens) / sum(prompt.chunk_lengths), len(tokens)])
-            self.rows[-1].passed &= self.rows[-1].max_diff < 1e-9
+            chosen_ones = np.flatnonzero(result.selection.recompute).tolist()
+            self.rows[-1].passed &= self.rows[-1].max_diff < 1e-9 and chosen_ones == tokens
+        # A character of several bytes may be several tokens of one model and one of the other: no score is lost or
+        # counted twice. Where in the chunk it goes is a matter of taste, by bytes or by characters.
+        texts = [*ODD_CHUNKS, *texts]
+        own = self.aux_clip.prefill(self.question, texts, method=AuxGuided())
+        prefill = self.clip.prefill(self.question, texts, method=AuxGuided())
+        theirs = self.aux_torch.score(own.prompt, Scoring())
+        self.add("score of each chunk", len(texts), "shared", "",
+                 np.add.reduceat(prefill.plan.scores, np.r_[0, np.cumsum(prefill.prompt.chunk_lengths)[:-1]]),
+                 np.add.reduceat(theirs, np.r_[0, np.cumsum(own.prompt.chunk_lengths)[:-1]]), self.exact)
 
 
 def directory_of(name: str) -> Path:
@@ -324,6 +342,7 @@ def main() -> int:
     texts = paragraphs()
     if not 1 <= min(flags.chunks) <= max(flags.chunks) <= len(texts):
         parser.error(f"--chunks: between 1 and the {len(texts)} paragraphs of the demo corpus")
+    logging.disable_progress_bar()
     started = time.monotonic()
     with torch.inference_mode():
         comparison = Comparison(directory_of(flags.model), directory_of(flags.aux), flags.dtype, flags.question,

@@ -14,8 +14,8 @@ from tests.conftest import full_prefill, random_prompt
 
 def drawn(logits, n=400, temperature=1.0, top_k=0, top_p=1.0):
     keys = jax.random.split(jax.random.key(0), n)
-    one = lambda key: sample(logits, key, jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), False)
-    return np.asarray(jax.vmap(one)(keys))
+    settings = jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
+    return np.asarray(jax.vmap(lambda key: sample(logits, key, *settings, False))(keys))
 
 
 LOGITS = jnp.log(jnp.array([0.05, 0.5, 0.15, 0.3]))
