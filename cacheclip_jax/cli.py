@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +35,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 store_app = typer.Typer(no_args_is_help=True, help="Look after a chunk store.")
 app.add_typer(store_app, name="store")
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 PrimaryOption = Annotated[str, typer.Option("--primary", envvar="CACHECLIP_PRIMARY", metavar="MODEL", help=
                                             "The model that answers: a known name, a directory, a hub id or a .gguf.")]
@@ -53,6 +54,8 @@ STORE = "cacheclip-store"
 
 def main() -> None:
     """Run the command line; errors of ours are one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that aren't UTF-8
     try:
         app()
     except CacheClipError as e:
@@ -89,8 +92,8 @@ def pull(model: Annotated[str, typer.Argument(help="A known name (qwen2.5-coder-
 def pull_with_progress(model: str):
     """`pull` with progress bars on stderr."""
     from cacheclip_jax.model.pull import pull as pull_model
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
-                  console=err, transient=True) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 
         def report(description: str, done: int, total: int) -> None:
@@ -113,8 +116,7 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
     """Split documents into passages and store their caches. Run again after an interruption: it resumes."""
     from cacheclip_jax.documents import read_documents
     documents = list(read_documents(sources))
-    if not any(d.text.strip() for d in documents):
-        raise BadInput(f"there is nothing to index in {', '.join(sources)}: every document is empty")
+    _refuse_empty(documents, sources)
     clip = load(primary, aux, store, dtype)
     report = index_with_progress(clip, documents, chunk_tokens, overlap)
     if as_json:
@@ -130,7 +132,7 @@ def index_with_progress(clip, documents, chunk_tokens: int, overlap: int = 0):
     columns = (TextColumn("indexing"), BarColumn(), TextColumn("{task.completed}/{task.total} documents"),
                TextColumn("{task.fields[rate]:,.0f} tokens/s"), TextColumn("{task.fields[gb]:.2f} GB"),
                TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         started, tokens, size = time.perf_counter(), 0, 0
         task = progress.add_task("", total=len(documents), rate=0.0, gb=0.0)
 
@@ -170,9 +172,10 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         raise BadInput('the question is empty: ask something, for example cacheclip ask "Who keeps the light?"')
     chosen = configured_method(method, ratio, tokens, mass, scoring)
     sampling = Sampling(temperature, top_k, top_p, seed)
+    _open(store)  # an answer needs a store that is there: loading would make one
     clip = load(primary, aux if method == "cacheclip" else "none", store, dtype)
-    # Retrieved once, so that both methods of a comparison read the same passages.
-    chunks = list(chunk) if chunk else clip.retrieve(question, passages)
+    # Found once, so that both methods of a comparison read the same passages.
+    chunks = [clip.store.passage(c) for c in chunk] if chunk else clip.retrieve(question, passages)
     options: dict[str, Any] = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [])
     results = {}
     for name in [method, "full"] if compare and method != "full" else [method]:
@@ -182,7 +185,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         stream = clip.stream(question, chunks, method=each, **options)
         for piece in stream:
             if not as_json and not compare:
-                out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+                print(piece, end="", flush=True)  # not by rich, which expands tabs and drops control characters
         results[name] = stream.result
     main_result = results[method]
     if explain is not None:
@@ -242,6 +245,7 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
     from cacheclip_jax.retrieve import Retriever
     from cacheclip_jax.verify import verify as run_checks
     documents = list(read_documents(sources or [str(CORPUS)]))
+    _refuse_empty(documents, sources or [])
     method = configured_method("cacheclip", ratio, None, None, scoring)
     clip = load(primary, aux, "memory://verify", dtype)
     pieces = [p for d in documents for p in split(d, clip.primary.model.tokenizer, chunk_tokens)]
@@ -301,7 +305,7 @@ def ls(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
         return
     for p in found:
         start = " ".join(p.text[:70].split())
-        out.print(f"{p.id}  {p.document}:{p.start}-{p.end}  {start}", markup=False, highlight=False, soft_wrap=True)
+        print(f"{p.id}  {p.document}:{p.start}-{p.end}  {start}")
 
 
 @store_app.command("verify")
@@ -324,10 +328,15 @@ def store_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
 
 @store_app.command()
 def rm(ids: Annotated[list[str], typer.Argument(help="Passage ids, or their beginnings.")],
-       store: StoreOption = STORE) -> None:
+       store: StoreOption = STORE, as_json: JsonOption = False) -> None:
     """Remove passages and their chunk caches."""
-    dropped = _open(store).remove(*ids)
-    out.print(f"{len(ids)} passages and {dropped} chunk caches removed", highlight=False)
+    opened = _open(store)
+    whole_ids = {opened.resolve(id) for id in ids}
+    dropped = opened.remove(*whole_ids)
+    if as_json:
+        _print_json({"passages": len(whole_ids), "chunks": dropped})
+    else:
+        out.print(f"{len(whole_ids)} passages and {dropped} chunk caches removed", highlight=False)
 
 
 @store_app.command()
@@ -354,8 +363,13 @@ def load(primary: str, aux: str, store: str, dtype: str):
     for name in (primary, aux_name):
         if name in MODELS:
             pull_with_progress(name)
-    with err.status("loading models"):
+    with err.status("loading models") if err.is_terminal else nullcontext():
         return CacheClip.load(primary, aux_name, store, dtype=dtype)
+
+
+def _refuse_empty(documents, sources: list[str]) -> None:
+    if not any(d.text.strip() for d in documents):
+        raise BadInput(f"there is nothing to read in {', '.join(sources)}: every document is empty")
 
 
 def _open(store: str):
@@ -365,8 +379,8 @@ def _open(store: str):
 
 @contextmanager
 def _bar(description: str) -> Iterator[Any]:
-    with Progress(TextColumn(description), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                  console=err, transient=True) as progress:
+    columns = TextColumn(description), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,19 +34,28 @@ def read_documents(sources: Iterable[str]) -> Iterator[Document]:
     """
     for source in sources:
         path = Path(source)
+        mode = _mode(path)
         if source == "-":
             yield Document(_decode(sys.stdin.buffer.read(), "stdin"), "stdin")
-        elif path.is_dir():
+        elif stat.S_ISDIR(mode):
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES | {".jsonl"} and p.is_file()
                            and not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not files:
                 raise BadInput(f"{source} holds no text files (looked for {', '.join(sorted(TEXT_SUFFIXES))}, .jsonl)")
             for file in files:
                 yield from _read_file(file, str(file.relative_to(path)))
-        elif path.is_file():
+        elif mode:
             yield from _read_file(path, path.name)
         else:
-            raise BadInput(f"{source} doesn't exist: give files, folders, .jsonl files, or - for stdin")
+            short = source if len(source) < 200 else f"{source[:200]}..."
+            raise BadInput(f"{short!r} doesn't exist: give files, folders, .jsonl files, or - for stdin")
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):  # not there, or no path at all: a text, which is too long or has a NUL character
+        return 0
 
 
 def _read_file(path: Path, name: str) -> Iterator[Document]:
@@ -56,18 +66,23 @@ def _read_file(path: Path, name: str) -> Iterator[Document]:
     if path.suffix.lower() != ".jsonl":
         yield Document(text, name)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             body = row["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise BadInput(f"{path} line {number} isn't a JSON object with a \"text\" field: {line[:80]!r}") from None
         if not isinstance(body, str):
             raise BadInput(f"{path} line {number}: \"text\" must be a string, not {type(body).__name__}")
-        title = str(row.get("title") or "")
-        yield Document(f"{title}\n{body}" if title else body, str(row.get("id") or title or f"{name}:{number}"))
+        id, title = (str("" if row.get(field) is None else row[field]) for field in ("id", "title"))
+        text = f"{title}\n{body}" if title else body
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{path} line {number} isn't valid Unicode: it holds half of a surrogate pair") from None
+        yield Document(text, id or title or f"{name}:{number}")
 
 
 def _decode(raw: bytes, where: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from cacheclip_jax.answer import Result
 from cacheclip_jax.caches import ChunkCaches
+from cacheclip_jax.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,14 @@ def explain_page(question: str, result: Result, primary: ChunkCaches) -> str:
 
 
 def write_explain_page(path: Path, question: str, result: Result, primary: ChunkCaches) -> None:
-    """Write the page, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(explain_page(question, result, primary), encoding="utf-8")
+    """Write the page, making its folder. Raises BadInput when that can't be done there."""
+    page = explain_page(question, result, primary)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Names of files that aren't UTF-8 hold surrogates.
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as e:
+        raise BadInput(f"the explain page {str(path)!r} can't be written ({e.strerror}): name another file") from None
 
 
 def shade(scores: np.ndarray) -> np.ndarray:

@@ -186,6 +186,11 @@ def mapped(scores: np.ndarray, theirs: Sequence[int], ours: Sequence[int]) -> np
     return np.array([per_byte[end - n:end].sum() for n, end in zip(ours, itertools.accumulate(ours), strict=True)])
 
 
+def by_chunk(scores: np.ndarray, prompt: Any) -> list[np.ndarray]:
+    """The scores of each chunk."""
+    return np.split(scores, np.cumsum(prompt.chunk_lengths)[:-1])
+
+
 def groups_of(lengths: Sequence[int]) -> list[range]:
     """Groups of context tokens: GROUP of one chunk, the chunk's last one may be smaller."""
     ends = list(itertools.accumulate(lengths))
@@ -270,10 +275,9 @@ class Comparison:
             prefill = self.clip.prefill(self.question, texts, method=method)
             prompt = prefill.prompt
             lengths = prompt.chunk_lengths
-            split = np.split(theirs, np.cumsum(own.prompt.chunk_lengths)[:-1])
             carried = np.concatenate([
                 mapped(part, self.aux_bytes.lengths(a.ids), self.bytes.lengths(b.ids))
-                for part, a, b in zip(split, own.prompt.chunks, prompt.chunks, strict=True)])
+                for part, a, b in zip(by_chunk(theirs, own.prompt), own.prompt.chunks, prompt.chunks, strict=True)])
             self.add("  on the primary's tokens", len(texts), "shared", "", prefill.plan.scores, carried,
                      self.exact)
             groups = sorted(groups_of(lengths), key=lambda g: -carried[g.start:g.stop].sum())
@@ -307,8 +311,8 @@ class Comparison:
         prefill = self.clip.prefill(self.question, texts, method=AuxGuided())
         theirs = self.aux_torch.score(own.prompt, Scoring())
         self.add("score of each chunk", len(texts), "shared", "",
-                 np.add.reduceat(prefill.plan.scores, np.r_[0, np.cumsum(prefill.prompt.chunk_lengths)[:-1]]),
-                 np.add.reduceat(theirs, np.r_[0, np.cumsum(own.prompt.chunk_lengths)[:-1]]), self.exact)
+                 [part.sum() for part in by_chunk(np.asarray(prefill.plan.scores), prefill.prompt)],
+                 [part.sum() for part in by_chunk(theirs, own.prompt)], self.exact)
 
 
 def directory_of(name: str) -> Path:

@@ -1,5 +1,6 @@
 """Scores: attention of the question's rows, its reductions, and the map between tokenisations."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from cacheclip_jax.score import SCORINGS, Scoring, map_scores, score
 from tests.conftest import assembled, full_prefill, max_diff, random_prompt
 
 
+@jax.default_matmul_precision("highest")
 def attention_by_hand(params, cfg, ids, layer_index):
     """[T, N, T] attention of a whole prompt at one layer, written with dense masks."""
     positions = jnp.arange(len(ids))
