@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from cacheclip_jax import compiles
 from cacheclip_jax.answer import Result
@@ -107,7 +107,7 @@ class CacheClip:
         small = None
         if aux is not None:
             cpu = aux_device == "cpu" and jax.default_backend() != "cpu"
-            small_mesh = Mesh(np.array(jax.devices("cpu")[:1]), "model", axis_types=(AxisType.Auto,)) if cpu else mesh
+            small_mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("model",)) if cpu else mesh
             same = str(aux) == str(primary) and small_mesh is mesh
             small = big if same else load_model(aux, dtype=dtype, mesh=small_mesh)
         return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context)

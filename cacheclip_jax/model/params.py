@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.config import ModelConfig
 
 
@@ -52,6 +53,11 @@ def abstract(cfg: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
     With a mesh, heads, MLP and vocabulary are split over its axis "model"; without one, everything lies on the
     default device. This is the only place that states them: init, loading and tests read it.
     """
+    if mesh is not None:
+        if "model" not in mesh.shape:
+            raise BadInput(f"the mesh has axes {', '.join(mesh.axis_names)}: it needs one named model")
+        # The compiler propagates shardings from the weights; explicit axes would want one at every operation.
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     L, D, F, H, V = cfg.num_layers, cfg.d_model, cfg.d_mlp, cfg.head_dim, cfg.vocab_size
     NH, KH = cfg.num_heads * H, cfg.num_kv_heads * H
     # Where the kv heads can't be divided over the mesh they are replicated: the query heads still are split.
