@@ -136,8 +136,10 @@ class Tokenizer:
             messages.insert(0, {"role": "system", "content": system})
         advice = "put the system text into the instructions" if system else "use another chat template"
         try:
-            rendered = str(self._fast.apply_chat_template(messages, tokenize=False,
-                                                          add_generation_prompt=True))
+            # Llama 3 templates write today's date into the header: a prefix that changed every day would miss every
+            # cache, so they get the date that they fall back to themselves.
+            rendered = str(self._fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                          date_string="26 Jul 2024"))
         except jinja2.TemplateError as e:
             raise BadInput(f"the model's chat template refuses the messages ({e}): {advice}") from None
         if system is not None and system.strip() not in rendered:
