@@ -53,8 +53,8 @@ class Result:
     question_tokens: int
     reused_tokens: int
     recomputed_tokens: int
-    hits: int
-    misses: int
+    hits: int  # chunk caches found in the store, of both models
+    misses: int  # chunk caches that had to be made
     encoded: tuple[str, ...]  # ids of chunks that weren't in the store and were encoded on the fly
     repaired: tuple[str, ...]  # ids of chunks whose stored bytes failed their checksum and were encoded anew
     warnings: tuple[str, ...]

@@ -64,11 +64,10 @@ class ChunkCaches:
                       question=self.format.question_ids(self.model.tokenizer, question))
 
     def encoded(self, passage: Passage) -> Encoded:
-        """A passage's ids and spans. Raises BadInput when it has no tokens."""
-        encoded = self.format.chunk_ids(self.model.tokenizer, passage)
-        if not encoded.ids:
-            raise BadInput(f"chunk {passage.id} has no tokens: leave empty passages out")
-        return encoded
+        """A passage's ids and spans. Raises BadInput when it is empty."""
+        if not passage.text.strip():
+            raise BadInput(f"chunk {passage.id} is empty: leave empty passages out")
+        return self.format.chunk_ids(self.model.tokenizer, passage)
 
     def space(self, behind: Behind) -> Space:
         """The part of the store that holds this model's caches of chunks encoded behind the shared prefix, or alone."""
@@ -134,7 +133,8 @@ class Fetch:
                 continue
             if pending is None:
                 out.misses += 1
-                out.encoded.append(passage.id)
+                if passage.id not in out.encoded:
+                    out.encoded.append(passage.id)
                 to_encode.append(i)
                 continue
             try:

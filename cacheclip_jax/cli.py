@@ -212,8 +212,10 @@ def configured_method(name: str, ratio: float | None, tokens: int | None, mass: 
     from cacheclip_jax.select import Budget
     if scoring not in SCORINGS:
         raise BadInput(f"scoring {scoring!r} is unknown: choose one of {', '.join(SCORINGS)}")
-    budget = Budget(0.2) if ratio is tokens is mass is None else Budget(ratio, tokens, mass)
-    return AuxGuided(budget, SCORINGS[scoring]) if name == "cacheclip" else make(name, budget)
+    budget = None if ratio is tokens is mass is None else Budget(ratio, tokens, mass)
+    if name == "cacheclip":
+        return AuxGuided(budget or Budget(ratio=0.2), SCORINGS[scoring])
+    return make(name, budget)
 
 
 def comparison(results) -> Table:

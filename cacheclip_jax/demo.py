@@ -54,7 +54,8 @@ def run_demo(primary: str, aux: str, store: str, page: Path, ratio: float, say: 
                      "passages_needed": len(item["needs"]), "context_tokens": repaired.context_tokens,
                      "ttft_full": full.times.ttft, "ttft": repaired.times.ttft, "ratio": ratio,
                      "realised_ratio": repaired.realised_ratio})
-        say(f"  {escape(question)}\n    [green]{escape(repaired.text)}[/]")
+        needs = f"needs {len(item['needs'])} passages"
+        say(f"  {len(rows)}. {escape(question)} ({needs})\n     [green]{escape(repaired.text)}[/]", highlight=False)
     say(_table(rows))
     speedup = statistics.median(r["ttft_full"] / r["ttft"] for r in rows)
     say(f"Median time to first token: {speedup:.1f}x shorter than full prefill. Right answers: CacheClip "
@@ -69,10 +70,10 @@ def contains(text: str, accepted: list[str]) -> bool:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("question", "passages needed", "answer by CacheClip", "right", "TTFT full", "TTFT CacheClip",
-                  "speed-up", "ratio", "realised")
-    for r in rows:
-        table.add_row(escape(r["question"]), str(r["passages_needed"]), escape(r["answer"]),
-                      "yes" if r["correct"] else "no", f"{r['ttft_full']:.2f} s", f"{r['ttft']:.2f} s",
-                      f"{r['ttft_full'] / r['ttft']:.1f}x", f"{r['ratio']:.0%}", f"{r['realised_ratio']:.1%}")
+    table = Table("", "answer by CacheClip", "right", "TTFT full", "TTFT", "speed-up", "ratio", "realised",
+                  title="CacheClip beside full prefill, by question")
+    for number, r in enumerate(rows, 1):
+        table.add_row(str(number), escape(r["answer"]), "yes" if r["correct"] else "no", f"{r['ttft_full']:.2f} s",
+                      f"{r['ttft']:.2f} s", f"{r['ttft_full'] / r['ttft']:.1f}x", f"{r['ratio']:.0%}",
+                      f"{r['realised_ratio']:.1%}")
     return table

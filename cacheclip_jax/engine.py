@@ -238,7 +238,9 @@ class CacheClip:
         return Prefill(prompt, tuple(chosen), method.name, plan, logits, cache, fetched, clock, compiled)
 
     def greedy(self, prefill: Prefill, max_new_tokens: int) -> tuple[int, ...]:
-        """The most likely answer's token ids after a prefill; uses its cache up."""
+        """The most likely answer's token ids after a prefill; uses its cache up, so it works once."""
+        if prefill.cache.k.is_deleted():
+            raise BadInput("this prefill was decoded from already: prefill again")
         text = TextStream(self.primary.model.tokenizer.decode, ())
         stream = AnswerStream(self.primary.model, prefill, text, Sampling(), max_new_tokens)
         for _ in stream:
@@ -275,9 +277,16 @@ class CacheClip:
             return self.retrieve(question, k)
         if isinstance(chunks, str) or not chunks:
             raise BadInput("chunks must be a non-empty list of chunk ids, passages or texts")
-        # A stored chunk's id is 16 hex digits (or enough of them); whatever else is a string is a text.
-        return [c if isinstance(c, Passage) else self.store.passage(c) if is_chunk_id(c) else
-                Passage.make(nfc(c)) for c in chunks]
+        return [c if isinstance(c, Passage) else self._passage(c) for c in chunks]
+
+    def _passage(self, id_or_text: str) -> Passage:
+        """A stored chunk for what looks like an id or its beginning (4 to 16 hex digits), else the text as a passage."""
+        if not is_chunk_id(id_or_text):
+            return Passage.make(nfc(id_or_text))
+        try:
+            return self.store.passage(id_or_text)
+        except BadInput as e:
+            raise BadInput(f"{e} If {id_or_text!r} is a text, pass Passage.make({id_or_text!r}).") from None
 
     def _aux_scores(self, passages: Sequence[Passage], question: str, prompt: Prompt, scoring: Scoring,
                     accounting: Fetched, clock: Clock) -> np.ndarray:

@@ -116,15 +116,18 @@ def map_scores(scores: np.ndarray, spans: tuple[tuple[int, int], ...], target: t
                ) -> np.ndarray:
     """Scores of one tokenisation of a text -> scores of another, through character spans.
 
-    A token's score is spread evenly over its characters and summed over the target token's characters, so the mass is
-    kept wherever the spans tile the text. Empty spans count as one character.
+    A token's score is spread evenly over its characters, and a character's share goes in equal parts to the target
+    tokens that cover it (several where a character takes several tokens), so the mass is kept wherever the spans tile
+    the text. Empty spans count as one character.
     """
     if spans == target:
         return scores
     length = max((end for _, end in (*spans, *target)), default=0) + 1
-    density = np.zeros(length)
+    density, covering = np.zeros(length), np.zeros(length)
     for value, (start, end) in zip(scores, spans, strict=True):
         end = max(end, start + 1)
         density[start:end] += value / (end - start)
-    mass = np.concatenate([[0.0], np.cumsum(density)])
+    for start, end in target:
+        covering[start : max(end, start + 1)] += 1
+    mass = np.concatenate([[0.0], np.cumsum(density / np.maximum(covering, 1))])
     return np.array([mass[max(end, start + 1)] - mass[start] for start, end in target], np.float32)

@@ -29,6 +29,8 @@ class Budget:
         if len(given) != 1:
             raise BadInput(f"a budget is one of ratio, tokens or mass, not {', '.join(given) or 'nothing'}")
         value = getattr(self, given[0])
+        if given[0] == "tokens" and not isinstance(value, int):
+            raise BadInput(f"tokens={value} is out of range: it must be a whole number")
         if not value >= 0 or (given[0] != "tokens" and value > 1):
             limits = "0 or more" if given[0] == "tokens" else "between 0 and 1"
             raise BadInput(f"{given[0]}={value} is out of range: it must be {limits}")

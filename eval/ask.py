@@ -13,7 +13,7 @@ from cacheclip_jax import Budget, CacheClip, Scoring
 from cacheclip_jax.demo import CORPUS, contains
 from cacheclip_jax.documents import read_documents
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.methods import AuxGuided, Method, make
+from cacheclip_jax.methods import AuxGuided, Method, make, takes_budget
 from cacheclip_jax.model.pull import MODELS, pull
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, see configs/ask.py.", lock_config=True)
@@ -50,7 +50,7 @@ def configured(config, name: str) -> Method:
     """A method by name with the run's ratio and scoring."""
     budget = Budget(ratio=config.ratio)
     if name != "cacheclip":
-        return make(name, budget)
+        return make(name, budget if takes_budget(name) else None)
     settings = dict(config.scoring)
     if not isinstance(settings["layers"], str):
         settings["layers"] = tuple(settings["layers"])

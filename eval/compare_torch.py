@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +39,7 @@ from transformers.utils import logging
 
 from cacheclip_jax import Budget, CacheClip, Scoring
 from cacheclip_jax.methods import AuxGuided, Full, Given, Naive
+from cacheclip_jax.model.pull import stored
 
 QUESTION = "Who is the skipper of the reserve pilot boat, and where does it lie?"
 GROUP = 8
@@ -317,12 +317,12 @@ class Comparison:
 
 def directory_of(name: str) -> Path:
     """A model's directory: as given, or that of a pulled name."""
-    places = [Path(name).expanduser(), Path(os.environ.get("CACHECLIP_MODELS", "")) / name]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    raise SystemExit(f"{name} is no model directory: give one, or set CACHECLIP_MODELS to where `cacheclip pull` puts "
-                     "models and give a name")
+    place = Path(name).expanduser()
+    if not (place / "config.json").is_file():
+        place = stored(name) or place
+    if not (place / "config.json").is_file():
+        raise SystemExit(f"{name} is no model directory: give one, or a name after `cacheclip pull {name}`")
+    return place
 
 
 def paragraphs() -> list[str]:

@@ -6,13 +6,13 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +21,7 @@ import pytest
 
 from cacheclip_jax import CacheClip, __version__, cli
 from cacheclip_jax.store import ChunkStore
-from cacheclip_jax.store.blobs import Blobs
+from cacheclip_jax.store.blobs import Blobs, translated
 from tests.checkpoints import QWEN2, weights, write_directory, write_tokenizer
 
 CORPUS = {
@@ -30,8 +30,8 @@ CORPUS = {
     "more/boats.txt": "Boats land at the third quay when the tide is high. Barrels cost seven crowns.",
 }
 QUESTION = "Who keeps the north light?"
-COMMANDS = [(), ("pull",), ("index",), ("ask",), ("verify",), ("demo",), ("store",), ("store", "stats"), ("store", "ls"),
-            ("store", "verify"), ("store", "rm"), ("store", "gc")]
+COMMANDS = [(), ("pull",), ("index",), ("ask",), ("verify",), ("demo",), ("store",), ("store", "stats"),
+            ("store", "ls"), ("store", "verify"), ("store", "rm"), ("store", "gc")]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Run:
 
 def cacheclip(*args: object, stdin: bytes = b"") -> Run:
     """Run the command line in this process, as the console script does."""
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+    raw = io.BytesIO(), io.BytesIO()
+    streams = [io.TextIOWrapper(r, encoding="utf-8", write_through=True) for r in raw]
     argv = ["cacheclip", *map(str, args)]
     source = io.TextIOWrapper(io.BytesIO(stdin))
     with (redirect_stdout(streams[0]), redirect_stderr(streams[1]), mock.patch.object(sys, "argv", argv),
@@ -58,7 +59,7 @@ def cacheclip(*args: object, stdin: bytes = b"") -> Run:
         cli.main()
     code = stopped.value.code
     assert code is None or isinstance(code, int)
-    return Run(code or 0, *(s.buffer.getvalue().decode() for s in streams))  # type: ignore[attr-defined]
+    return Run(code or 0, *(r.getvalue().decode() for r in raw))
 
 
 def process(*args: object, env: dict[str, str] | None = None, before: str = "") -> Run:
@@ -156,7 +157,8 @@ def test_index_takes_files_folders_jsonl_and_stdin_and_again_makes_nothing_new(m
     (tmp_path / "folder" / ".hidden.txt").write_text("hidden")
     (tmp_path / "folder" / "picture.png").write_bytes(b"\0\1")
     (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbfA file with a mark\r\nand two lines.")
-    rows = [{"text": "first row", "id": "r1"}, {"text": "second \u2028 row", "title": "A title", "id": 0}, {"text": "third"}]
+    rows = [{"text": "first row", "id": "r1"}, {"text": "second \u2028 row", "title": "A title", "id": 0},
+            {"text": "third"}]
     lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
     (tmp_path / "rows.jsonl").write_text(lines)
     args = ("index", tmp_path / "folder", tmp_path / "one.txt", tmp_path / "rows.jsonl", "-", "--store",
@@ -175,11 +177,12 @@ def test_index_takes_files_folders_jsonl_and_stdin_and_again_makes_nothing_new(m
 def test_index_splits_long_documents_with_an_overlap(models, tmp_path):
     text = " ".join(f"The cat number {i} sat on mat {i}." for i in range(12))
     (tmp_path / "long.txt").write_text(text)
-    cacheclip("index", tmp_path / "long.txt", "--store", tmp_path / "store", *models, "--chunk-tokens", 64, "--overlap", 16)
+    sizes = ("--chunk-tokens", 64, "--overlap", 16)
+    assert cacheclip("index", tmp_path / "long.txt", "--store", tmp_path / "store", *models, *sizes).code == 0
     found = cacheclip("store", "ls", "--store", tmp_path / "store", "--json").json
     assert len(found) > 3
     assert all(text[p["start"] : p["end"]] == p["text"] for p in found)
-    assert all(b["start"] < a["end"] for a, b in zip(found, found[1:], strict=False))
+    assert all(b["start"] < a["end"] for a, b in pairwise(found))
     assert found[0]["start"] == 0 and found[-1]["end"] == len(text)
 
 
@@ -359,7 +362,8 @@ def test_store_verify_finds_a_flipped_byte_and_ask_repairs_it(store, models, ask
 
 
 def test_odd_document_names_can_be_listed(models, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "the cat", "id": "[red]:smile: \\ud800"}\n{"text": "mat", "id": "\\u001b"}')
+    rows = '{"text": "the cat", "id": "[red]:smile: \\ud800"}', '{"text": "mat", "id": "\\u001b"}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     name = os.fsdecode(b"caf\xe9 [bold].txt")
     (tmp_path / name).write_text("the mat")
     done = cacheclip("index", tmp_path / "rows.jsonl", tmp_path / name, "--store", tmp_path / "store", *models)
@@ -388,8 +392,8 @@ def test_verify_fails_when_recomputing_is_wrong(models, tmp_path, monkeypatch):
     rows = CacheClip.rows
 
     def shifted(model, ids, positions, cache):
-        sparse = len(positions) and positions[0] > 0
-        return rows(model, ids, positions[:-1].tolist() + [positions[-1] + 1] if sparse else positions, cache)
+        sparse = positions[0] > 0  # not a prefill from the beginning
+        return rows(model, ids, positions + sparse * (np.arange(len(ids)) == len(ids) - 1), cache)
 
     monkeypatch.setattr(CacheClip, "rows", staticmethod(shifted))
     checked = cacheclip("verify", tmp_path, "--question", QUESTION, *models, "--ratio", 1, "--json")
@@ -472,12 +476,13 @@ def test_a_bad_index_option_is_named_and_changes_nothing(store, models, tmp_path
     ((QUESTION * 40,), ("512", "question")),
     ((QUESTION, "--max-new-tokens", 500), ("answer 500", "512")),
     ((QUESTION, "--chunk", "0123456789abcdef"), ("0123456789abcdef", "store ls")),
-    ((QUESTION, "--chunk", "the cat"), ("'the cat'", "store ls")), ((QUESTION, "--chunk", "abc"), ("'abc'", "store ls")),
-    ((QUESTION, "--chunk", ""), ("''", "store ls")),
+    ((QUESTION, "--chunk", "the cat"), ("'the cat'", "store ls")),
+    ((QUESTION, "--chunk", "abc"), ("'abc'", "store ls")), ((QUESTION, "--chunk", ""), ("''", "store ls")),
     ((QUESTION, "--ratio", 1.5), ("ratio=1.5", "between 0 and 1")),
     ((QUESTION, "--ratio", -0.1), ("ratio=-0.1", "between 0 and 1")),
     ((QUESTION, "--ratio", "nan"), ("ratio=nan", "between 0 and 1")),
-    ((QUESTION, "--mass", 2), ("mass=2.0", "between 0 and 1")), ((QUESTION, "--tokens", -1), ("tokens=-1", "0 or more")),
+    ((QUESTION, "--mass", 2), ("mass=2.0", "between 0 and 1")),
+    ((QUESTION, "--tokens", -1), ("tokens=-1", "0 or more")),
     ((QUESTION, "--ratio", 0.1, "--tokens", 5), ("ratio, tokens", "one of")),
     ((QUESTION, "--method", "magic"), ("'magic'", "naive-none")),
     ((QUESTION, "--scoring", "magic"), ("'magic'", "paper-joint")),
@@ -520,8 +525,8 @@ def test_store_commands_refuse_what_is_out_of_range(store):
     assert whole(store) == before
 
 
-@pytest.mark.parametrize("command, way_out", [(("index", "good.txt"), "--store"), (("ask", QUESTION), "cacheclip index")],
-                         ids=["index", "ask"])
+@pytest.mark.parametrize("command, way_out", [
+    (("index", "good.txt"), "--store"), (("ask", QUESTION), "cacheclip index")], ids=["index", "ask"])
 def test_a_store_path_that_is_no_store_is_refused_untouched(models, tmp_path, monkeypatch, command, way_out):
     monkeypatch.chdir(tmp_path)
     Path("good.txt").write_text("the cat")
@@ -588,7 +593,6 @@ def test_a_bad_tokenizer_config_is_one_line(ask, tmp_path):
 def unwritable() -> Iterator[None]:
     """Every write to a store fails as on a medium that is read-only."""
     def refuse(self: Blobs, items) -> None:
-        from cacheclip_jax.store.blobs import translated
         for key, _ in items:
             with translated("write", self.where(key)):
                 raise OSError("PERMISSION_DENIED: Failed to open: Read-only file system [os_error_code='30']")
@@ -606,46 +610,46 @@ def flip_a_byte(store: Path) -> None:
 
 
 @pytest.fixture
-def mounted(tmp_path) -> Iterator[Sequence[str]]:
+def mounted(tmp_path) -> Iterator[Path]:
     """A small file system of its own; where that may not be mounted the test is skipped."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
-    yield str(place)
+    yield place
     subprocess.run(["umount", "-l", place], check=True)
 
 
 def test_a_read_only_disk_is_named_and_what_it_holds_is_read(mounted, indexed, models):
     subprocess.run(["mount", "-o", "remount,size=16m", mounted], check=True)
-    store = Path(shutil.copytree(indexed[0], Path(mounted) / "store"))
+    store = Path(shutil.copytree(indexed[0], mounted / "store"))
     (store / "good.txt").write_text("the cat")
     subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
     fails(cacheclip("index", store / "good.txt", "--store", store, *models), "Read-only", "--store")
-    fails(cacheclip("index", store / "good.txt", "--store", Path(mounted) / "new", *models), "Read-only", "--store")
+    fails(cacheclip("index", store / "good.txt", "--store", mounted / "new", *models), "Read-only", "--store")
     assert cacheclip("ask", QUESTION, "--store", store, *models, "--json").json["results"]["cacheclip"]["misses"] == 0
     assert sorted(whole(store)) == sorted(indexed[1]["passages"])
 
 
 def test_a_full_disk_keeps_what_was_committed_and_the_next_index_resumes(mounted, models, tmp_path):
     write_corpus(tmp_path / "corpus")
-    args = ("index", tmp_path / "corpus", "--store", Path(mounted) / "store", *models)
+    args = ("index", tmp_path / "corpus", "--store", mounted / "store", *models)
     fails(cacheclip(*args), "No space left", "store gc")
-    committed = cacheclip("store", "stats", "--store", Path(mounted) / "store", "--json").json["chunks"]
-    assert set(whole(Path(mounted) / "store")) and committed < 6
+    committed = cacheclip("store", "stats", "--store", mounted / "store", "--json").json["chunks"]
+    assert set(whole(mounted / "store")) and committed < 6
     subprocess.run(["mount", "-o", "remount,size=16m", mounted], check=True)
     again = cacheclip(*args, "--json").json
     assert again["found"] == committed and again["encoded"] == 6 - committed
-    assert sorted(whole(Path(mounted) / "store")) == sorted(again["passages"])
+    assert sorted(whole(mounted / "store")) == sorted(again["passages"])
 
 
 def test_a_limit_on_file_sizes_keeps_what_was_committed_and_the_next_index_resumes(models, tmp_path):
     (tmp_path / "a.txt").write_text("the mat")
     (tmp_path / "b.txt").write_text("The lamp burns oil, and the mat at the end of the stairs is red. " * 3)
     args = ("index", tmp_path / "a.txt", tmp_path / "b.txt", "--store", tmp_path / "store", *models)
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, {resource.RLIM_INFINITY}))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
     fails(process(*args, before=limit, env={"JAX_ENABLE_COMPILATION_CACHE": "0"}), "File too large", "store gc")
     assert len(whole(tmp_path / "store")) == 2
     again = cacheclip(*args, "--json").json
-    assert again["found"] == 2 and again["encoded"] == 2
+    assert again["found"] == 1 and again["encoded"] == 3
     assert sorted(whole(tmp_path / "store")) == sorted(again["passages"])

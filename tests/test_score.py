@@ -111,6 +111,13 @@ def test_mapping_keeps_the_mass_and_gives_it_to_overlapping_tokens_only(spans, s
         assert (value > 1e-9) == (a < end and start < b)
 
 
+def test_a_character_of_several_tokens_shares_its_score_among_them():
+    np.testing.assert_allclose(map_scores(np.array([1.0]), ((0, 1),), ((0, 1), (0, 1))), [0.5, 0.5])
+    np.testing.assert_allclose(map_scores(np.array([0.2, 0.4, 1.0]), ((0, 1), (0, 1), (1, 3)), ((0, 3),)), [1.6])
+    mapped = map_scores(np.array([0.3, 0.9]), ((0, 2), (2, 3)), ((0, 2), (1, 2), (1, 3)))
+    np.testing.assert_allclose(mapped, [0.2, 0.05, 0.95], atol=1e-6)
+
+
 def test_mapping_between_equal_tokenisations_is_the_identity():
     scores = np.array([0.3, 0.1, 0.6], np.float32)
     assert map_scores(scores, ((0, 2), (2, 3), (3, 9)), ((0, 2), (2, 3), (3, 9))) is scores

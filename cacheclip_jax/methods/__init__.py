@@ -20,22 +20,29 @@ METHODS: dict[str, Any] = {
     "naive": Naive,
     "random": Random,
     "cacheclip": AuxGuided,
-    "given": Given,
 }
 
-__all__ = ["METHODS", "AuxGuided", "Full", "Given", "Method", "Naive", "Plan", "Prefix", "Random", "Request", "make"]
+__all__ = ["METHODS", "AuxGuided", "Full", "Given", "Method", "Naive", "Plan", "Prefix", "Random", "Request", "make",
+           "takes_budget"]
 
 
 def make(name: str, budget: Budget | None = None, **settings: Any) -> Method:
     """A method by name; "naive-none" is naive reuse without the shared prefix.
 
-    `budget` is for the methods that have one and ignored by the others, whose share of recomputed tokens is fixed.
+    Raises BadInput for an unknown name, and for a budget where the method's share of recomputed tokens is fixed.
     """
     if name == "naive-none":
         name, settings = "naive", {"prefix": "none", **settings}
     if name not in METHODS:
         raise BadInput(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}, naive-none")
     kind = METHODS[name]
-    if budget is not None and "budget" in kind.__dataclass_fields__:
+    if budget is not None:
+        if not takes_budget(name):
+            raise BadInput(f"the method {name} recomputes a fixed share of the context: leave ratio and budget out")
         settings = {"budget": budget, **settings}
     return kind(**settings)
+
+
+def takes_budget(name: str) -> bool:
+    """Whether the named method recomputes as much as a budget says."""
+    return name in METHODS and "budget" in METHODS[name].__dataclass_fields__

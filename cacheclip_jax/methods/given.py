@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.methods.method import Plan, Request
+from cacheclip_jax.methods.method import Plan, Request, check_prefix
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,9 @@ class Given:
     tokens: tuple[int, ...] = ()
     prefix: Literal["shared", "none"] = "shared"
     name: ClassVar[str] = "given"
+
+    def __post_init__(self) -> None:
+        check_prefix(self.prefix)
 
     @property
     def caches(self) -> Literal["shared", "none"]:

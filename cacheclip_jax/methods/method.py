@@ -8,10 +8,17 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
+from cacheclip_jax.errors import BadInput
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.score import Scoring
 
 Caches = Literal["shared", "none"] | None
+
+
+def check_prefix(prefix: str) -> None:
+    """Raises BadInput unless `prefix` names a way in which chunks are encoded."""
+    if prefix not in ("shared", "none"):
+        raise BadInput(f"prefix={prefix!r}: choose shared or none")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cacheclip_jax.errors import BadInput
-from cacheclip_jax.methods.method import Plan, Request
+from cacheclip_jax.methods.method import Plan, Request, check_prefix
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,7 @@ class Naive:
     name: ClassVar[str] = "naive"
 
     def __post_init__(self) -> None:
-        if self.prefix not in ("shared", "none"):
-            raise BadInput(f"prefix={self.prefix!r}: choose shared or none")
+        check_prefix(self.prefix)
 
     @property
     def caches(self) -> Literal["shared", "none"]:
