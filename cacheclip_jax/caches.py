@@ -51,6 +51,7 @@ class ChunkCaches:
         self.store = store
         self.format = prompt_format
         self.prefix_ids = prompt_format.prefix_ids(model.tokenizer)
+        self.pair: Sequence[ChunkCaches] = (self,)  # the models that share the store on purpose
         self._prefix_kv: np.ndarray | None = None
 
     @property
@@ -102,8 +103,12 @@ class ChunkCaches:
     def start(self, passages: Sequence[Passage], behind: Behind) -> Fetch:
         """Start reading the caches of passages; the reads go on while the caller computes."""
         space = self.space(behind)
-        wanted = [(self.encoded(p).ids, p.id) for p in passages]
-        return Fetch(self, passages, behind, self.store.read_all(space, wanted))
+        pending = self.store.read_all(space, [(self.encoded(p).ids, p.id) for p in passages])
+        why = None
+        if None in pending:
+            ours = {c.space(b).key for c in self.pair for b in ("shared", "none")}
+            why = self.store.explain_miss(space, ours)
+        return Fetch(self, passages, behind, pending, why)
 
     def write(self, passage: Passage, behind: Behind, kv: np.ndarray):
         """Write one chunk cache; returns what to wait on."""
@@ -119,6 +124,7 @@ class Fetch:
     passages: Sequence[Passage]
     behind: Behind
     pending: list[PendingKV | None]
+    why_missing: str | None
 
     def result(self, clock: Clock, wanted: Sequence[bool] | None = None) -> Fetched:
         """Wait for the caches; encode, store and report those that are missing or damaged.
@@ -152,8 +158,8 @@ class Fetch:
 
     def _encode(self, indices: list[int], out: Fetched) -> None:
         caches, space = self.caches, self.caches.space(self.behind)
-        if (why := caches.store.explain_miss(space)) is not None:
-            out.warnings.append(why)
+        if self.why_missing is not None:
+            out.warnings.append(self.why_missing)
         by_id = {self.passages[i].id: i for i in indices}
         try:
             caches.store.add_passages([self.passages[i] for i in by_id.values()])

@@ -178,10 +178,11 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
     chunks = [clip.store.passage(c) for c in chunk] if chunk else clip.retrieve(question, passages)
     options: dict[str, Any] = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [])
     results = {}
+    warnings: list[str] = []
     for name in [method, "full"] if compare and method != "full" else [method]:
         each = chosen if name == method else name
         if compare:
-            clip.warmup(question, chunks, method=each, **options)
+            warnings += clip.warmup(question, chunks, method=each, **options)
         stream = clip.stream(question, chunks, method=each, **options)
         for piece in stream:
             if not as_json and not compare:
@@ -190,7 +191,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
     main_result = results[method]
     if explain is not None:
         write_explain_page(explain, question, main_result, clip.primary)
-    for warning in main_result.warnings:
+    for warning in dict.fromkeys([*warnings, *main_result.warnings]):
         err.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
     if as_json:
         _print_json({"question": question, "results": {n: r.to_dict() for n, r in results.items()}})
@@ -207,7 +208,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
 
 def configured_method(name: str, ratio: float | None, tokens: int | None, mass: float | None, scoring: str):
     """A method as the command line's options describe it."""
-    from cacheclip_jax.methods import AuxGuided, make
+    from cacheclip_jax.methods import METHODS, AuxGuided, make, takes_budget
     from cacheclip_jax.score import SCORINGS
     from cacheclip_jax.select import Budget
     if scoring not in SCORINGS:
@@ -215,6 +216,9 @@ def configured_method(name: str, ratio: float | None, tokens: int | None, mass: 
     budget = None if ratio is tokens is mass is None else Budget(ratio, tokens, mass)
     if name == "cacheclip":
         return AuxGuided(budget or Budget(ratio=0.2), SCORINGS[scoring])
+    if budget is not None and name in METHODS and not takes_budget(name):
+        err.print(f"[yellow]warning:[/] the method {name} recomputes a fixed share: the ratio or budget isn't used")
+        budget = None
     return make(name, budget)
 
 

@@ -32,8 +32,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise BadInput(f"temperature={self.temperature} is out of range: it must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise BadInput(f"top_k={self.top_k} is out of range: it must be 0 (all) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise BadInput(f"top_k={self.top_k} is out of range: it must be 0 (all) or more, and below 2**31")
+        if not -(2**63) <= self.seed < 2**63:
+            raise BadInput(f"seed={self.seed} is out of range: it must fit 64 bits")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"top_p={self.top_p} is out of range: it must be above 0 and at most 1")
 

@@ -22,7 +22,7 @@ from cacheclip_jax.clock import Clock
 from cacheclip_jax.decode import Sampling, TextStream
 from cacheclip_jax.documents import Document, split
 from cacheclip_jax.errors import BadInput, ContextTooLong
-from cacheclip_jax.methods import Method, Plan, Request, make
+from cacheclip_jax.methods import Method, Plan, Request, make, takes_budget
 from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.tokenizer import nfc
 from cacheclip_jax.prompt import Prompt, PromptFormat
@@ -77,11 +77,13 @@ class CacheClip:
         self.store = store
         self.primary = ChunkCaches(primary, store, prompt_format)
         self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
+        for caches in (pair := self._models()):
+            caches.pair = pair
         limit = primary.config.max_positions
         if max_context is not None and not 1 <= max_context <= limit:
             raise BadInput(f"max_context={max_context} is out of range: {primary.name} has {limit} positions")
         self.max_context = max_context or limit
-        self._retriever: tuple[int, Retriever] | None = None
+        self._retriever: tuple[list[str], Retriever] | None = None
 
     @classmethod
     def load(cls, primary: str | Path, aux: str | Path | None = None, store: str | Path = "cacheclip-store", *,
@@ -174,7 +176,7 @@ class CacheClip:
 
     def retrieve(self, question: str, k: int = 8) -> list[Passage]:
         """The store's k best passages for a question by BM25, the best one last."""
-        stored = len(self.store.passage_ids())
+        stored = self.store.passage_ids()
         if self._retriever is None or self._retriever[0] != stored:
             self._retriever = (stored, Retriever(self.store.passages()))
         return self._retriever[1].top(question, k)
@@ -219,13 +221,16 @@ class CacheClip:
         """
         clock = Clock()
         compiled = compiles.count()
+        unused = [n for n, v in (("ratio", ratio), ("budget", budget))
+                  if v is not None and isinstance(method, str) and not takes_budget(method)]
         method = self._method(method, ratio, budget)
         with clock("retrieve"):
             chosen = self._passages(question, chunks, passages)
         prompt = self.primary.prompt(chosen, question)
         _check_length(prompt, reserve, self.max_context, self.primary.model.name)
         fetch = self.primary.start(chosen, method.caches) if method.caches else None
-        fetched = Fetched(kv=[])
+        fetched = Fetched(kv=[], warnings=[f"{n} wasn't used: the method {method.name} recomputes a fixed share"
+                                           for n in unused])
 
         def aux_scores(scoring: Scoring) -> np.ndarray:
             with clock("score"):
@@ -247,10 +252,14 @@ class CacheClip:
             pass
         return stream.result.token_ids
 
-    def warmup(self, question: str, chunks: Sequence[Chunk] | None = None, **options: Any) -> None:
-        """Compile what a request of this size needs (see `stream` for the options), so that the next one doesn't."""
-        for _ in zip(range(2), self.stream(question, chunks, **options), strict=False):
-            pass
+    def warmup(self, question: str, chunks: Sequence[Chunk] | None = None, **options: Any) -> tuple[str, ...]:
+        """Compile what a request of this size needs (see `stream` for the options), so that the next one doesn't.
+
+        Chunks that are missing or damaged are made now; the warnings about them are returned.
+        """
+        stream = self.stream(question, chunks, **options)
+        stream.step()  # also where the first token ends the answer: another question's may not
+        return stream.warnings
 
     def continuation(self, prefill: Prefill, ids: Sequence[int]) -> np.ndarray:
         """Logits [len(ids), V] after each of `ids`, fed as the answer so far; the prefill stays as it is."""
@@ -267,7 +276,7 @@ class CacheClip:
         if ratio is not None:
             budget = Budget(ratio=ratio)
         if isinstance(method, str):
-            return make(method, budget)
+            return make(method, budget if takes_budget(method) else None)
         if budget is not None:
             raise BadInput(f"the method {method.name} is configured already: set its budget there, not beside it")
         return method
@@ -280,7 +289,7 @@ class CacheClip:
         return [c if isinstance(c, Passage) else self._passage(c) for c in chunks]
 
     def _passage(self, id_or_text: str) -> Passage:
-        """A stored chunk for what looks like an id or its beginning (4 to 16 hex digits), else the text as a passage."""
+        """The stored chunk, for what looks like an id or its beginning (4 to 16 hex digits); else the text itself."""
         if not is_chunk_id(id_or_text):
             return Passage.make(nfc(id_or_text))
         try:

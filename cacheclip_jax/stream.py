@@ -10,6 +10,7 @@ import numpy as np
 
 from cacheclip_jax import compiles
 from cacheclip_jax.answer import Result, Selection, Times
+from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.decode import Sampling, TextStream, decode, first_token
 from cacheclip_jax.errors import UnsupportedModel
 from cacheclip_jax.model.load import Model
@@ -34,7 +35,13 @@ class AnswerStream:
                                   *self._sampling, greedy=self._greedy)
         self._first = int(self._state.token)
         self._ttft = prefill.clock.total()
+        self._cache: KVCache | None = prefill.cache
         self._result: Result | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What went wrong with stored chunks on the way to the first token, and was put right."""
+        return tuple(self._prefill.fetched.warnings)
 
     @property
     def result(self) -> Result:
@@ -43,23 +50,35 @@ class AnswerStream:
             raise RuntimeError("the answer isn't finished: iterate over the stream first")
         return self._result
 
+    def step(self) -> np.ndarray:
+        """The next DECODE_STEPS tokens, -1 after the end."""
+        tokens, self._state, self._cache = decode(
+            self._model.params, self._model.config, self._state, self._cache, *self._sampling, steps=DECODE_STEPS,
+            greedy=self._greedy)
+        return np.asarray(tokens)
+
     def __iter__(self) -> Iterator[str]:
+        if self._cache is None:
+            raise RuntimeError("this stream was read already: ask again")
         started = time.perf_counter()
         ids: list[int] = []
-        state, cache, block = self._state, self._prefill.cache, [self._first]
+        block, ended = [self._first], False
         while True:
-            ended = any(t in self._model.tokenizer.eos_ids for t in block)
-            fresh = [t for t in block if t not in self._model.tokenizer.eos_ids][: self._limit - len(ids)]
+            fresh: list[int] = []
+            for token in block:
+                ended = token in self._model.tokenizer.eos_ids
+                if ended or len(ids) + len(fresh) == self._limit:
+                    break
+                fresh.append(token)
             ids += fresh
             if piece := self._text.push(fresh):
                 yield piece
-            if self._text.stopped or ended or len(ids) >= self._limit:
+            if self._text.stopped or ended or len(ids) == self._limit:
                 break
-            tokens, state, cache = decode(self._model.params, self._model.config, state, cache, *self._sampling,
-                                          steps=DECODE_STEPS, greedy=self._greedy)
-            block = [int(t) for t in np.asarray(tokens) if t >= 0]
+            block = [int(t) for t in self.step() if t >= 0]
         if piece := self._text.finish():
             yield piece
+        self._cache = None
         reason = "stop_string" if self._text.stopped else "stop" if ended else "length"
         self._finish(ids, reason, time.perf_counter() - started)
 
@@ -72,7 +91,7 @@ class AnswerStream:
             prefix_tokens=len(p.prompt.prefix), question_tokens=len(p.prompt.question),
             reused_tokens=p.prompt.context_tokens - recomputed, recomputed_tokens=recomputed,
             hits=p.fetched.hits, misses=p.fetched.misses, encoded=tuple(p.fetched.encoded),
-            repaired=tuple(p.fetched.repaired), warnings=tuple(p.fetched.warnings),
+            repaired=tuple(p.fetched.repaired), warnings=self.warnings,
             compiles=compiles.count() - p.compiled_before,
             times=Times(**p.clock.seconds, ttft=self._ttft, decode=decode_seconds),
             passages=p.passages, selection=Selection(p.plan.recompute, p.plan.scores))

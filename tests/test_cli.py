@@ -653,3 +653,9 @@ def test_a_limit_on_file_sizes_keeps_what_was_committed_and_the_next_index_resum
     again = cacheclip(*args, "--json").json
     assert again["found"] == 1 and again["encoded"] == 3
     assert sorted(whole(tmp_path / "store")) == sorted(again["passages"])
+
+
+def test_compare_reports_what_its_warm_up_repaired(store, models):
+    flip_a_byte(store)
+    run = cacheclip("ask", QUESTION, "--store", store, *models, "--compare", "--json", "--max-new-tokens", 3)
+    assert "damaged" in run.err

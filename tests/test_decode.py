@@ -81,9 +81,9 @@ def streamed(text, stop, size):
     return [*pieces, stream.finish()], stream
 
 
-@given(st.text(alphabet="ab·é🙂\n", max_size=30), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=2),
-       st.integers(1, 5))
-def test_pieces_join_to_the_text_before_the_first_stop_string(text, stop, size):
+@given(st.text(alphabet="ab·é🙂\n", max_size=30), st.integers(1, 5),
+       st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=2))
+def test_pieces_join_to_the_text_before_the_first_stop_string(text, size, stop):
     pieces, stream = streamed(text, stop, size)
     cuts = [text.find(s) for s in stop if s in text]
     expected = text[: min(cuts)] if cuts else text

@@ -1,5 +1,6 @@
 """Reading documents and splitting them into passages."""
 
+import itertools
 import json
 
 import pytest
@@ -49,8 +50,8 @@ def test_passages_end_at_paragraphs_where_the_size_allows_it(tokenizer):
 def test_overlap_repeats_the_end_of_a_passage(tokenizer):
     plain = split(Document(TEXT, "d"), tokenizer, 40)
     overlapping = split(Document(TEXT, "d"), tokenizer, 40, overlap=10)
-    assert all(a.end <= b.start for a, b in zip(plain, plain[1:], strict=False))
-    assert all(b.start < a.end for a, b in zip(overlapping, overlapping[1:], strict=False))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(plain))
+    assert all(b.start < a.end for a, b in itertools.pairwise(overlapping))
 
 
 def test_a_document_without_a_name_is_named_by_its_text(tokenizer):
@@ -62,7 +63,8 @@ def test_white_space_gives_no_passage(tokenizer):
     assert split(Document(" \n\n\t "), tokenizer, 16) == []
 
 
-@pytest.mark.parametrize(("size", "overlap", "named"), [(3, 0, "chunk size 3"), (32, 17, "overlap 17"), (32, -1, "overlap -1")])
+@pytest.mark.parametrize(("size", "overlap", "named"), [(3, 0, "chunk size 3"), (32, 17, "overlap 17"),
+                                                        (32, -1, "overlap -1")])
 def test_sizes_out_of_range_are_refused_with_the_limit(tokenizer, size, overlap, named):
     with pytest.raises(BadInput, match=named):
         split(Document(TEXT), tokenizer, size, overlap)
@@ -84,7 +86,8 @@ def test_jsonl_rows_become_documents_with_title_and_id(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "says"), [
-    ("a.bin", b"\x7fELF\0\0", "binary"), ("a.txt", b"caf\xe9", "UTF-8"), ("a.jsonl", b'{"text": "x"}\n{oops\n', "line 2"),
+    ("a.bin", b"\x7fELF\0\0", "binary"), ("a.txt", b"caf\xe9", "UTF-8"),
+    ("a.jsonl", b'{"text": "x"}\n{oops\n', "line 2"),
     ("a.jsonl", b'{"body": "x"}\n', "line 1"), ("a.jsonl", b'{"text": 3}\n', "must be a string"),
 ])
 def test_what_is_not_text_is_refused_by_name(tmp_path, name, content, says):

@@ -380,3 +380,61 @@ def test_nothing_to_index_is_refused(fresh):
         with pytest.raises(BadInput, match="nothing to index"):
             fresh.index(nothing)
     assert not fresh.store.passage_ids()
+
+
+def test_an_answer_cut_before_its_end_token_is_too_long(clip, greedy, monkeypatch):
+    ids = greedy.token_ids
+    monkeypatch.setattr(clip.primary.model.tokenizer, "eos_ids", (ids[4],))
+    result = ask(clip, method="full", max_new_tokens=3)
+    assert result.token_ids == ids[:3] and result.finish_reason == "length"
+
+
+def test_a_first_request_on_an_empty_store_warns_of_nothing(fresh):
+    assert not ask(fresh).warnings
+
+
+def test_passages_of_common_words_alone_are_retrieved(fresh):
+    fresh.index(["?!", "the the", "..."])
+    assert len(fresh.retrieve("the", 2)) == 2
+
+
+@pytest.mark.parametrize("bad", [{"seed": 2**63}, {"top_k": 2**40}], ids=str)
+def test_sampling_numbers_too_large_are_refused(bad):
+    with pytest.raises(BadInput):
+        Sampling(temperature=1.0, **bad)
+
+
+def test_retrieval_sees_what_another_process_changed(fresh):
+    fresh.index(map(Passage.make, TEXTS[:2]))
+    fresh.retrieve(QUESTION)
+    fresh.store.remove(Passage.make(TEXTS[0]).id)
+    fresh.store.add_passages([Passage.make(TEXTS[5])])
+    assert {p.text for p in fresh.retrieve(QUESTION)} == {TEXTS[1], TEXTS[5]}
+
+
+def test_a_warm_up_whose_answer_ends_at_once_still_compiles_decode(clip, greedy, monkeypatch):
+    from cacheclip_jax.decode import decode
+    decode.clear_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr(clip.primary.model.tokenizer, "eos_ids", (greedy.token_ids[0],))
+        clip.warmup(QUESTION, TEXTS[:4], method="full", max_new_tokens=12)
+    assert ask(clip, method="full", max_new_tokens=12).compiles == 0
+
+
+def test_an_empty_text_is_refused(fresh):
+    with pytest.raises(BadInput, match="empty"):
+        ask(fresh, chunks=[""])
+
+
+def test_a_stream_is_read_once(clip):
+    stream = clip.stream(QUESTION, TEXTS[:4], method="full", max_new_tokens=5)
+    list(stream)
+    with pytest.raises(RuntimeError, match="read already"):
+        list(stream)
+
+
+@pytest.mark.parametrize("name", ["full", "naive", "prefix"])
+def test_a_ratio_for_a_method_that_has_none_changes_nothing_and_is_warned_of(clip, name):
+    with_ratio, plain = ask(clip, method=name, ratio=0.5), ask(clip, method=name)
+    assert with_ratio.token_ids == plain.token_ids and not plain.warnings
+    assert with_ratio.warnings == (f"ratio wasn't used: the method {name} recomputes a fixed share",)

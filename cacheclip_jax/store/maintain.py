@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -98,9 +98,12 @@ def _spaces(store: ChunkStore, files: list[str]) -> Iterator[tuple[str, Space]]:
             yield space.key, space
 
 
-def explain_miss(store: ChunkStore, space: Space) -> str | None:
-    """How the store's nearest space differs from this one; None when it has this one, or none at all."""
-    if store.blobs.read(layout.space_file(space.key)) is not None or not (known := spaces(store)):
+def explain_miss(store: ChunkStore, space: Space, ignore: Collection[str] = ()) -> str | None:
+    """How the store's nearest space differs from this one; None when it has this one, or none but those in `ignore`."""
+    if store.blobs.read(layout.space_file(space.key)) is not None:
+        return None
+    known = {key: other for key, other in spaces(store).items() if key not in ignore}
+    if not known:
         return None
     differences = min((_differences(space, other) for other in known.values()), key=len)
     return (
