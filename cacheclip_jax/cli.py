@@ -48,7 +48,7 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="Of weights and caches
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 PRIMARY = "qwen2.5-coder-0.5b"
-AUX = "smollm2-135m"
+AUX = "qwen2.5-coder-0.5b"
 STORE = "cacheclip-store"
 
 
