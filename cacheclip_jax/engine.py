@@ -352,7 +352,7 @@ class CacheClip:
         return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache)
 
 
-def _padded(ids: Sequence[int] | np.ndarray, positions: np.ndarray, minimum: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def _padded(ids: Sequence[int] | np.ndarray, positions: np.ndarray, minimum: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Rows padded to their bucket: ids with 0, positions with -1."""
     size = bucket(len(ids), minimum)
     out_ids, out_positions = np.zeros(size, np.int32), np.full(size, -1, np.int32)
