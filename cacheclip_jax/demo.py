@@ -25,10 +25,11 @@ def run_demo(primary: str, aux: str, store: str, page: Path, ratio: float, say: 
     """Index, ask, compare; prints as it goes and returns the table's rows."""
     from cacheclip_jax.cli import index_with_progress, load
 
-    say(f"Models: {primary} answers, {aux} scores. They are fetched on first use.")
+    scorer = "scores for itself" if aux == primary else f"{aux} scores"
+    say(f"Models: {primary} answers, {scorer}. What isn't here yet is fetched first.")
     clip = load(primary, aux, store, "bfloat16")
     documents = list(read_documents([str(CORPUS)]))
-    say(f"Indexing {len(documents)} documents of a small handbook: every passage is encoded once, by both models.")
+    say(f"Indexing {len(documents)} documents of a small handbook: every passage is encoded once.")
     report = index_with_progress(clip, documents, CHUNK_TOKENS)
     say(f"  {len(report.passages)} passages: {report.encoded} chunk caches made, {report.found} found in the store, "
         f"{report.seconds:.1f} s.")
