@@ -50,6 +50,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 PRIMARY = "qwen2.5-coder-0.5b"
 AUX = "qwen2.5-coder-0.5b"
 STORE = "cacheclip-store"
+VERIFY_QUESTION = "When will the master of the tug Hector retire?"  # of the demo's handbook
 
 
 def main() -> None:
@@ -236,7 +237,7 @@ def comparison(results) -> Table:
 @app.command()
 def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own text: files, folders or .jsonl "
                                                                "[default: the demo's handbook].")] = None,
-           question: Annotated[str, typer.Option(help="A question about that text.")] = "What is this text about?",
+           question: Annotated[str, typer.Option(help="A question that the text answers.")] = VERIFY_QUESTION,
            primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX,
            ratio: Annotated[float, typer.Option(help="The recompute ratio whose quality is checked.")] = 0.2,
            scoring: Annotated[str, typer.Option(help="late, paper, late-joint or paper-joint.")] = "late",

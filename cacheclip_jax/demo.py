@@ -55,7 +55,7 @@ def run_demo(primary: str, aux: str, store: str, page: Path, ratio: float, say: 
                      "passages_needed": len(item["needs"]), "context_tokens": repaired.context_tokens,
                      "ttft_full": full.times.ttft, "ttft": repaired.times.ttft, "ratio": ratio,
                      "realised_ratio": repaired.realised_ratio})
-        needs = f"needs {len(item['needs'])} passages"
+        needs = "needs one passage" if len(item["needs"]) == 1 else f"needs {len(item['needs'])} passages"
         say(f"  {len(rows)}. {escape(question)} ({needs})\n     [green]{escape(repaired.text)}[/]", highlight=False)
     say(_table(rows))
     speedup = statistics.median(r["ttft_full"] / r["ttft"] for r in rows)

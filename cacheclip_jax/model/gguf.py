@@ -127,6 +127,7 @@ def _hf_config(path: Path) -> dict[str, Any]:
     return {
         "architectures": [_ARCHITECTURES[file.arch]],
         "model_type": file.arch,
+        "transformers_version": "5.0.0",  # the layout of these files; without it transformers suspects an old tokenizer
         "hidden_act": "silu",
         "num_hidden_layers": file.get("block_count"),
         "hidden_size": width,

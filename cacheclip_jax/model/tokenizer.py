@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import tempfile
 import unicodedata
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from typing import Any
 import jinja2
 import numpy as np
 import tokenizers
+
+# transformers is here for its tokenizers: that it finds no torch is no news to the user.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 
 from cacheclip_jax.errors import BadInput, BadModelFile, UnsupportedModel
