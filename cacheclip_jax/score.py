@@ -59,7 +59,7 @@ class Scoring:
         return tuple(sorted({i % num_layers for i in chosen}))
 
 
-# "paper" is what CacheClip (arXiv 2510.10129) does as far as known; "late" is what measured best at 10% recompute.
+# "paper" is what CacheClip (arXiv 2510.10129) does as far as known; "late" answers more of the demo's questions.
 SCORINGS = {
     "late": Scoring(),
     "paper": Scoring(layers="last", rows="mean"),

@@ -2,7 +2,7 @@
 
     python -m eval.bench_ttft --config=configs/bench/cpu.py
 
-On 2 cores it takes about 5 minutes. What to expect: CacheClip at 20 % at least 2.5 times sooner than full prefill, and
+On 2 cores it takes about 3 minutes. What to expect: CacheClip at 20 % at least 2.5 times sooner than full prefill, and
 full prefill no slower than 1.3 times transformers + torch on the same cores (skipped, and said so, without torch).
 """
 
