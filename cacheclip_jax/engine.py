@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,24 +17,39 @@ from jax.sharding import Mesh
 
 from cacheclip_jax import compiles
 from cacheclip_jax.answer import Result
-from cacheclip_jax.assemble import KVCache, concatenate, empty, place
+from cacheclip_jax.assemble import KVCache, placement
 from cacheclip_jax.bucket import bucket
-from cacheclip_jax.caches import ChunkCaches, Fetch, Fetched
+from cacheclip_jax.caches import Behind, ChunkCaches, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.decode import Sampling, TextStream
 from cacheclip_jax.documents import Document, split
 from cacheclip_jax.errors import BadInput, ContextTooLong
+from cacheclip_jax.host import HostTier, platform_of
+from cacheclip_jax.loader import InMemory, LayerLoader, Source
 from cacheclip_jax.methods import Method, Plan, Request, make, takes_budget
+from cacheclip_jax.methods.method import Scores
 from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.tokenizer import nfc
 from cacheclip_jax.prompt import Prompt, PromptFormat
-from cacheclip_jax.recompute import continuation_logits, recompute
+from cacheclip_jax.recompute import (
+    choose_rows,
+    continuation_logits,
+    embed_rows,
+    fresh_span,
+    last_logits,
+    recompute,
+    reuse_span,
+)
 from cacheclip_jax.retrieve import Retriever
-from cacheclip_jax.score import Scoring, map_scores, score
+from cacheclip_jax.score import Scoring, context_scores, map_scores, score, score_span
 from cacheclip_jax.select import Budget
 from cacheclip_jax.store import ChunkStore, Passage, is_chunk_id
 from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
 
+HOST_BYTES = 4 << 30
+LAYERS_PER_PROGRAM = 2  # of the primary on an accelerator: the first ones start when two layers' caches are there
+SCORED_LAYERS = 6  # the same of the aux model, whose few rows take less time than a program's dispatch
+LAYERS_AHEAD = 8
 Chunk = str | Passage
 
 
@@ -56,12 +73,17 @@ class Prefill:
     prompt: Prompt
     passages: tuple[Passage, ...]
     method: str
-    plan: Plan
+    planned: Plan  # may still be under way on the device
     logits: jax.Array  # [V]
     cache: KVCache
     fetched: Fetched
     clock: Clock
     compiled_before: int
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which context tokens are recomputed, and why; waits for the device."""
+        return self.planned.fetched(self.prompt.context_tokens)
 
 
 class CacheClip:
@@ -73,10 +95,13 @@ class CacheClip:
     """
 
     def __init__(self, primary: Model, aux: Model | None, store: ChunkStore, *,
-                 prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None):  # noqa: B008 (frozen)
+                 prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008 (frozen)
+                 host_bytes: int = HOST_BYTES):
         self.store = store
-        self.primary = ChunkCaches(primary, store, prompt_format)
-        self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
+        self.host = HostTier(host_bytes)
+        self.primary = ChunkCaches(primary, store, prompt_format, self.host)
+        self.aux = ChunkCaches(aux, store, prompt_format, self.host) if aux is not None else None
+        self._pool = ThreadPoolExecutor(64, thread_name_prefix="cacheclip")
         for caches in (pair := self._models()):
             caches.pair = pair
         limit = primary.config.max_positions
@@ -88,7 +113,8 @@ class CacheClip:
     @classmethod
     def load(cls, primary: str | Path, aux: str | Path | None = None, store: str | Path = "cacheclip-store", *,
              dtype: str = "bfloat16", aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
-             prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None) -> CacheClip:  # noqa: B008
+             prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008
+             host_bytes: int = HOST_BYTES) -> CacheClip:
         """Load both models and open (or make) a store.
 
         Args:
@@ -98,6 +124,8 @@ class CacheClip:
           dtype: of weights and caches, float32, bfloat16 or float16.
           aux_device: "cpu" runs the aux model on the host's CPU, beside the accelerator.
           mesh: splits the primary over its axis "model".
+          host_bytes: how many bytes of chunk caches stay in host memory, for both models; 0 reads every one from the
+            store.
 
         Raises UnsupportedModel, BadModelFile or StoreError, each saying what to do.
         """
@@ -112,7 +140,7 @@ class CacheClip:
             small_mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("model",)) if cpu else mesh
             same = str(aux) == str(primary) and small_mesh is mesh
             small = big if same else load_model(aux, dtype=dtype, mesh=small_mesh)
-        return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context)
+        return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context, host_bytes=host_bytes)
 
     # ---------------------------------------------------------------- index
 
@@ -219,7 +247,7 @@ class CacheClip:
 
         `reserve` slots are kept free in the cache for tokens that will be decoded. See `stream` for the rest.
         """
-        clock = Clock()
+        clock = Clock(self._pool)
         compiled = compiles.count()
         unused = [n for n, v in (("ratio", ratio), ("budget", budget))
                   if v is not None and isinstance(method, str) and not takes_budget(method)]
@@ -228,23 +256,39 @@ class CacheClip:
             chosen = self._passages(question, chunks, passages)
         prompt = self.primary.prompt(chosen, question)
         _check_length(prompt, reserve, self.max_context, self.primary.model.name)
-        fetch = self.primary.start(chosen, method.caches) if method.caches else None
-        fetched = Fetched(kv=[], warnings=[f"{n} wasn't used: the method {method.name} recomputes a fixed share"
-                                           for n in unused])
+        slots = bucket(len(prompt.ids) + reserve + DECODE_STEPS, 256)
+        fetched = Fetched(warnings=[f"{n} wasn't used: the method {method.name} recomputes a fixed share"
+                                    for n in unused])
+        loading: list[LayerLoader] = []
 
-        def aux_scores(scoring: Scoring) -> np.ndarray:
-            with clock("score"):
-                return self._aux_scores(chosen, question, prompt, scoring, fetched, clock)
+        def load(after: LayerLoader | None = None, wanted: Sequence[bool] | None = None) -> None:
+            if method.caches is None or loading:
+                return
+            found = self.primary.fetch(chosen, method.caches, clock, wanted)
+            loading.append(self._loader(self.primary, chosen, prompt.chunk_lengths, method.caches, found, fetched,
+                                        slots, self.primary.model.config.num_layers, after))
 
-        with clock("select"):
+        def aux_scores(scoring: Scoring) -> Scores:
+            return self._aux_scores(chosen, question, prompt, scoring, fetched, clock, load)
+
+        try:
             plan = method.plan(Request(prompt, aux_scores))
-        slots = bucket(len(prompt.ids) + reserve + DECODE_STEPS, 256, steps=4)
-        logits, cache = self._repair(prompt, plan, fetch, fetched, slots, clock)
+            if method.caches is None:
+                logits, cache = self._full(self.primary.model, prompt.ids, slots)
+            else:
+                if not loading:
+                    mask = plan.fetched(prompt.context_tokens).recompute
+                    load(None, [not m.all() for m in np.split(mask, np.cumsum(prompt.chunk_lengths)[:-1])])
+                logits, cache = self._repair(prompt, plan, slots, loading[0], clock)
+        finally:
+            for loader in loading:
+                loader.stop()
+        clock.watch("recompute", logits, "select")
         return Prefill(prompt, tuple(chosen), method.name, plan, logits, cache, fetched, clock, compiled)
 
     def greedy(self, prefill: Prefill, max_new_tokens: int) -> tuple[int, ...]:
         """The most likely answer's token ids after a prefill; uses its cache up, so it works once."""
-        if prefill.cache.k.is_deleted():
+        if prefill.cache.k[0].is_deleted():
             raise BadInput("this prefill was decoded from already: prefill again")
         text = TextStream(self.primary.model.tokenizer.decode, ())
         stream = AnswerStream(self.primary.model, prefill, text, Sampling(), max_new_tokens)
@@ -268,7 +312,8 @@ class CacheClip:
             raise BadInput(f"{len(ids)} tokens don't fit the cache: prefill with reserve={len(ids)} or more")
         rows, positions = _padded(ids, start + np.arange(len(ids)), minimum=16)
         model = self.primary.model
-        return np.asarray(continuation_logits(model.params, model.config, rows, positions, prefill.cache))[: len(ids)]
+        return np.asarray(continuation_logits(model.params, model.config, rows, positions, prefill.cache,
+                                              model.attention.name))[: len(ids)]
 
     def _method(self, method: str | Method, ratio: float | None, budget: Budget | None) -> Method:
         if ratio is not None and budget is not None:
@@ -297,64 +342,134 @@ class CacheClip:
         except BadInput as e:
             raise BadInput(f"{e} If {id_or_text!r} is a text, pass Passage.make({id_or_text!r}).") from None
 
+    def _loader(self, caches: ChunkCaches, passages: Sequence[Passage], lengths: Sequence[int], behind: Behind,
+                found: Fetched, accounting: Fetched, slots: int, depth: int, after: LayerLoader | None = None
+                ) -> LayerLoader:
+        """Start to load a model's prefix and chunks, the first `depth` layers of them, to its device."""
+        accounting.absorb(found)
+        cfg = caches.model.config
+        prefix = caches.prefix_kv()
+        parts: list[tuple[Source | None, int]] = [(InMemory(prefix), prefix.shape[3])]
+        parts += zip(found.sources, lengths, strict=True)
+        per_token = 2 * cfg.num_kv_heads
+        return LayerLoader(
+            self._pool, caches.staging, parts, depth, per_token, (per_token * slots, cfg.head_dim), caches.dtype,
+            ahead=max(LAYERS_AHEAD, 2 * max(self._span(caches.model), SCORED_LAYERS)),
+            # Part 0 is the prefix, which is never damaged: it isn't stored.
+            repair=lambda index, error: caches.repair(passages, behind, accounting, index - 1, error), after=after)
+
+    @staticmethod
+    def _span(model: Model) -> int:
+        """Layers per compiled program: all where loading can't overlap with computing, few where it does."""
+        return model.config.num_layers if _on_cpu(model) else LAYERS_PER_PROGRAM
+
     def _aux_scores(self, passages: Sequence[Passage], question: str, prompt: Prompt, scoring: Scoring,
-                    accounting: Fetched, clock: Clock) -> np.ndarray:
-        """One score per context token of the primary's `prompt`."""
+                    accounting: Fetched, clock: Clock, started: Callable[[LayerLoader | None], None]) -> Scores:
+        """Scores of the primary's context tokens; calls `started` when the aux model's own loading is under way."""
         if self.aux is None:
             raise BadInput("the method cacheclip needs an aux model: load one with aux=..., or choose another method")
         model, cfg = self.aux.model, self.aux.model.config
-        own = self.aux.prompt(passages, question)
+        own, begun = self.aux.prompt(passages, question), time.perf_counter()
         _check_length(own, 0, cfg.max_positions, f"the aux model {model.name}")
-        slots = bucket(len(own.ids), 256, steps=4)
-        if scoring.context == "joint":
-            _, cache = self.rows(model, own.ids[: own.question_start], np.arange(own.question_start),
-                                  empty(cfg, slots, self.aux.dtype))
-        else:
-            fetched = self.aux.start(passages, "shared").result(clock)
-            accounting.absorb(fetched)
-            cache = place(cfg, concatenate(cfg, slots, [self.aux.prefix_kv(), *fetched.loaded()], self.aux.dtype))
+        slots = bucket(len(own.ids), 256)
         ids, positions = _padded(own.question, own.question_start + np.arange(len(own.question)), minimum=16)
-        scores = np.asarray(score(model.params, cfg, scoring, ids, positions, np.int32(len(own.question) - 1), cache))
-        mapped, start = [], len(own.prefix)
+        last, how = np.int32(len(own.question) - 1), model.attention.name
+        if scoring.context == "joint":
+            started(None)
+            _, cache = self._full(model, own.ids[: own.question_start], slots)
+            scores = score(model.params, cfg, scoring, ids, positions, last, cache, how)
+        else:
+            fetched = self.aux.fetch(passages, "shared", clock)
+            depth = scoring.depth(cfg.num_layers)
+            loader = self._loader(self.aux, passages, own.chunk_lengths, "shared", fetched, accounting, slots, depth)
+            started(loader)
+            try:
+                scores = self._score_loading(model, scoring, ids, positions, last, own, slots, loader)
+            finally:
+                loader.stop()
+        clock.watch("score", scores, begun)
+        if self._one_tokenizer(own, prompt):
+            return context_scores(scores, np.int32(len(own.prefix)), bucket(prompt.context_tokens))
+        start, host = len(own.prefix), np.asarray(scores)
+        mapped = []
         for theirs, ours in zip(own.chunks, prompt.chunks, strict=True):
-            mapped.append(map_scores(scores[start : start + len(theirs.ids)], theirs.spans, ours.spans))
+            mapped.append(map_scores(host[start : start + len(theirs.ids)], theirs.spans, ours.spans))
             start += len(theirs.ids)
         return np.concatenate(mapped)
 
-    def _repair(self, prompt: Prompt, plan: Plan, fetch: Fetch | None, fetched: Fetched, slots: int, clock: Clock
+    @staticmethod
+    def _one_tokenizer(own: Prompt, prompt: Prompt) -> bool:
+        return all(theirs.spans == ours.spans for theirs, ours in zip(own.chunks, prompt.chunks, strict=True))
+
+    def _score_loading(self, model: Model, scoring: Scoring, ids: np.ndarray, positions: np.ndarray, last: np.int32,
+                       own: Prompt, slots: int, loader: LayerLoader) -> jax.Array:
+        """`score` over chunk caches that are still arriving."""
+        cfg, on = model.config, self.aux.staging.sharding  # type: ignore[union-attr]
+        where = jax.device_put(placement(cfg, slots, [len(own.prefix), *own.chunk_lengths]), on)
+        positions, last, total = jax.device_put((positions, last, np.zeros(slots, np.float32)), on)
+        x = embed_rows(model.params, ids)
+        size = cfg.num_layers if _on_cpu(model) else SCORED_LAYERS
+        for start in range(0, loader.num_layers, size):
+            stop = min(start + size, loader.num_layers)
+            x, total = score_span(x, model.params.layers[start:stop], cfg, scoring, start, positions, last,
+                                  loader.take(start, stop), where, total, model.attention.name)
+            loader.computed([x] * (stop - start))
+        return total
+
+    def _repair(self, prompt: Prompt, plan: Plan, slots: int, loader: LayerLoader, clock: Clock
                 ) -> tuple[jax.Array, KVCache]:
-        """Assemble the cache and push the plan's rows and the question through the primary."""
-        model, cfg = self.primary.model, self.primary.model.config
-        if fetch is None:
-            cache = empty(cfg, slots, self.primary.dtype)
-            positions = np.arange(len(prompt.ids))
-        else:
-            per_chunk = np.split(plan.recompute, np.cumsum(prompt.chunk_lengths)[:-1])
-            with clock("load"):
-                loaded = fetch.result(clock, wanted=[not mask.all() for mask in per_chunk])
-                fetched.absorb(loaded)
-                prefix = self.primary.prefix_kv()
-            with clock("assemble"):
-                parts = [n if kv is None else kv for kv, n in zip(loaded.kv, prompt.chunk_lengths, strict=True)]
-                cache = place(cfg, concatenate(cfg, slots, [prefix, *parts], self.primary.dtype))
-                jax.block_until_ready(cache)
-            context = len(prompt.prefix) + np.flatnonzero(plan.recompute)
-            positions = np.concatenate([context, np.arange(prompt.question_start, len(prompt.ids))])
-        with clock("recompute"):
-            logits, cache = self.rows(model, prompt.ids[positions], positions, cache)
-            jax.block_until_ready(logits)
-        return logits, cache
+        """Push the plan's rows and the question through the primary, over caches that are still arriving."""
+        model, cfg, on = self.primary.model, self.primary.model.config, self.primary.staging.sharding
+        ids = np.zeros(slots, np.int32)
+        ids[: len(prompt.ids)] = prompt.ids
+        mask = plan.recompute
+        if isinstance(mask, np.ndarray):
+            mask = np.pad(mask, (0, bucket(len(mask)) - len(mask)))
+        count = bucket(plan.count() + len(prompt.question), 32, steps=16)
+        ids, mask = jax.device_put((ids, mask), on)
+        x, positions, last = choose_rows(model.params, ids, mask, np.int32(len(prompt.prefix)),
+                                         np.int32(prompt.question_start), np.int32(len(prompt.ids)), count)
+        clock.watch("select", positions, "score")
+        where = jax.device_put(placement(cfg, slots, [len(prompt.prefix), *prompt.chunk_lengths]), on)
+        caches: list = []
+        size = self._span(model)
+        for start in range(0, cfg.num_layers, size):
+            stop = min(start + size, cfg.num_layers)
+            rows = loader.take(start, stop)
+            x, done = reuse_span(x, model.params.layers[start:stop], cfg, positions, rows, where, model.attention.name)
+            loader.computed([k for k, _ in done])
+            caches += done
+        clock.watch("load", rows[-1])
+        return last_logits(model.params, cfg, x, last), KVCache(*zip(*caches, strict=True))
+
+    def _full(self, model: Model, ids: np.ndarray, slots: int) -> tuple[jax.Array, KVCache]:
+        """Full prefill of a model: the last token's logits, and the cache."""
+        cfg = model.config
+        padded, positions = _padded(ids, np.arange(len(ids)), steps=16)
+        x, size = embed_rows(model.params, padded), self._span(model)
+        caches: list = []
+        for start in range(0, cfg.num_layers, size):
+            x, done = fresh_span(x, model.params.layers[start : start + size], cfg, positions, slots,
+                                 model.attention.name)
+            caches += done
+        return last_logits(model.params, cfg, x, np.int32(len(ids) - 1)), KVCache(*zip(*caches, strict=True))
 
     @staticmethod
     def rows(model: Model, ids: np.ndarray, positions: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Rows at sorted positions through a model, padded to their bucket; the last row's logits, the new cache."""
         padded_ids, padded_positions = _padded(ids, positions)
-        return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache)
+        return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache,
+                         model.attention.name)
 
 
-def _padded(ids: Sequence[int] | np.ndarray, positions: np.ndarray, minimum: int = 32) -> tuple[np.ndarray, np.ndarray]:
+def _on_cpu(model: Model) -> bool:
+    return platform_of(model.params.embed.sharding) == "cpu"
+
+
+def _padded(ids: Sequence[int] | np.ndarray, positions: np.ndarray, minimum: int = 32, steps: int = 8
+            ) -> tuple[np.ndarray, np.ndarray]:
     """Rows padded to their bucket: ids with 0, positions with -1."""
-    size = bucket(len(ids), minimum)
+    size = bucket(len(ids), minimum, steps)
     out_ids, out_positions = np.zeros(size, np.int32), np.full(size, -1, np.int32)
     out_ids[: len(ids)], out_positions[: len(ids)] = ids, positions
     return out_ids, out_positions

@@ -44,6 +44,11 @@ class PendingKV:
         self._target = ts.array(out, copy=False)
         self._layers = [self._start(layer) for layer in range(space.num_layers)]
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the chunk cache."""
+        return self._space.num_layers
+
     def _start(self, layer: int) -> ts.WriteFutures:
         return self._target[layer].write(self._source[layer])
 
