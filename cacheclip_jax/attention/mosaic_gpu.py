@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,8 +49,8 @@ class Blocks:
             raise ValueError(f"rows_per_group is {self.rows_per_group}: a warpgroup's matrix product has 64 rows")
         if self.consumers not in _REGISTERS:
             raise ValueError(f"{self.consumers} consumers: a block has registers for {sorted(_REGISTERS)}")
-        if self.slots % 16 or not 16 <= self.slots <= 256:
-            raise ValueError(f"{self.slots} slots: a block has a multiple of 16, from 16 to 256")
+        if self.slots % 64 or not 64 <= self.slots <= 256:
+            raise ValueError(f"{self.slots} slots: a block has 64, 128, 192 or 256, as the layout of V wants")
         if self.stages < 2:
             raise ValueError(f"{self.stages} stages: loading ahead takes at least 2")
         if self.turns and self.consumers != 2:
@@ -68,9 +69,9 @@ class Blocks:
 
 def blocks_for(H: int, T: int, S: int) -> Blocks:
     """Blocks that suit a head dim, a number of folded rows and a number of slots."""
-    if S <= 64:
-        return Blocks(slots=64)
-    return Blocks(stages=4 if H == 64 else 2)
+    if T <= 64:
+        return Blocks(consumers=1, turns=False)
+    return Blocks(slots=64 if S <= 64 else 128, stages=4 if H == 64 else 2)
 
 
 def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
@@ -82,8 +83,6 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     """
     T, N, H = q.shape
     K, S, _ = k.shape
-    if N % K:
-        raise ValueError(f"{N} query heads are not a multiple of {K} kv heads")
     if H not in HEAD_DIMS:
         raise NotImplementedError(f"head dim {H}: the kernel has {HEAD_DIMS}; use how='cudnn' or 'blocked'")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -96,7 +95,7 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     if (need := blocks.smem(H, p_in_smem)) > _SMEM:
         raise ValueError(f"{blocks} needs {need} bytes of shared memory at head dim {H}, over {_SMEM}: "
                          "take fewer stages, slots or consumers")
-    if S < blocks.slots:
+    if blocks.slots > S:
         k, v = (jnp.pad(x, ((0, 0), (0, blocks.slots - S), (0, 0))) for x in (k, v))
 
     tiles = -(-T * G // blocks.tile)
@@ -142,7 +141,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
             stage = stage_of(step)
             block = (head, pl.ds(step * slots, slots))
             for x_g, x_s, ready, used in ((k_g, k_s, k_ready, k_used), (v_g, v_s, v_ready, v_used)):
-                pl.when(step >= stages)(lambda used=used: plgpu.barrier_wait(used.at[stage]))
+                pl.when(step >= stages)(partial(plgpu.barrier_wait, used.at[stage]))
                 plgpu.copy_gmem_to_smem(x_g.at[block], x_s.at[stage], ready.at[stage])
 
         # A barrier whose arrivals were partly waited for must have seen them all when it goes out of scope.
@@ -187,7 +186,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
             if p_in_smem:
                 p_s.at[thread][...] = p
                 plgpu.commit_smem()
-            elif not interpretable:
+            else:
                 # Keeps the softmax on this side of the turn: afterwards the tensor cores are this warpgroup's.
                 acc, total, new_top, p = lax.optimization_barrier((acc, total, new_top, p))
             if blocks.turns:
@@ -226,11 +225,10 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
         plgpu.copy_smem_to_gmem(q_s, out_g.at[head, rows])
         plgpu.wait_smem_to_gmem(0)
 
+    layout: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+
     def smem(*shape):
-        # A row of P or K has at least 64 values of 2 bytes, the width of the widest swizzle, or a smaller one.
-        width = next(w for w in (64, 32, 16) if shape[-1] % w == 0)
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)),
-                                                    plgpu.SwizzleTransform(2 * width)))
+        return plgpu.SMEM(shape, dtype, transforms=layout)
 
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct((K, tiles * blocks.tile, H), dtype), grid=(tiles, K),
