@@ -24,13 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cacheclip_jax.attention import causal_attention, choose, row_attention, row_attention_reference
-from cacheclip_jax.attention.mosaic_gpu import Blocks, blocks_for, mosaic_gpu
+from cacheclip_jax.attention.mosaic_gpu import SMEM, Blocks, blocks_for, mosaic_gpu
 from eval.machine import commit, device, versions
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure, see configs/bench.", lock_config=True)
 flags.mark_flag_as_required("config")
-
-SWEPT = ((8192, 0.2), (32768, 0.2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +58,11 @@ def cells(config) -> Iterator[Cell]:
     """What the config asks for, in order."""
     for shape in config.shapes[:1] if config.sweep else config.shapes:
         N, K, H = map(int, shape.split("/"))
-        for context, ratio in SWEPT if config.sweep else itertools.product(config.contexts, config.ratios):
+        for context, ratio in config.swept if config.sweep else itertools.product(config.contexts, config.ratios):
             rows = max(1, int(ratio * context))
             cell = partial(Cell, "row", rows=rows, context=context, heads=N, kv_heads=K, head_dim=H)
             if config.sweep:
-                yield from (cell("mosaic_gpu", blocks=blocks) for blocks in variants())
+                yield from (cell("mosaic_gpu", blocks=blocks) for blocks in variants(H))
                 continue
             for name in config.implementations or available(H, config.dtype):
                 if name == "dense" and 4 * rows * N * context > config.dense_bytes:
@@ -85,12 +83,15 @@ def available(H: int, dtype: str) -> list[str]:
                                "dense"]))
 
 
-def variants() -> Iterator[Blocks]:
-    """Every variant of the GPU kernel; those that don't fit shared memory fail fast and are recorded so."""
-    for consumers, slots, stages, turns, p_in_smem in itertools.product(
-            (2, 3), (64, 128, 192), (2, 3, 4), (True, False), (False, True)):
-        if not (turns and consumers != 2):
-            yield Blocks(consumers=consumers, slots=slots, stages=stages, turns=turns, p_in_smem=p_in_smem)
+def variants(H: int) -> Iterator[Blocks]:
+    """Variants of the GPU kernel that fit shared memory at head dim H."""
+    for consumers, slots, stages, turns, (p_in_smem, ahead) in itertools.product(
+            (2, 3), (64, 128, 192), (2, 3, 4), (True, False), ((False, False), (False, True), (True, False))):
+        if turns == (consumers == 2) or (stages == 2 and not turns):
+            blocks = Blocks(consumers=consumers, slots=slots, stages=stages, turns=turns, p_in_smem=p_in_smem,
+                            ahead=ahead)
+            if blocks.smem(H, p_in_smem) <= SMEM:
+                yield blocks
 
 
 def positions(rows: int, context: int, group: int) -> np.ndarray:
@@ -165,9 +166,10 @@ def describe(row: dict[str, Any]) -> str:
 
 def variant(row: dict[str, Any]) -> str:
     """Blocks in short."""
-    b = row["blocks"]
-    return f"{b['consumers']}x{b['rows_per_group']} rows, {b['slots']} slots, {b['stages']} stages" + (
-        ", turns" if b["turns"] else "") + (", P in smem" if b["p_in_smem"] else "") if b else ""
+    if not (b := row["blocks"]):
+        return ""
+    chosen = "".join(f", {name}" for name in ("turns", "p_in_smem", "ahead") if b[name])
+    return f"{b['consumers']}x{b['rows_per_group']} rows, {b['slots']} slots, {b['stages']} stages{chosen}"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -46,6 +46,7 @@ def lower(f, device, platform, T, S, N, K, H, dtype):
     ((6, 2), 64, jnp.bfloat16, 5, Blocks(slots=64)),
     ((7, 1), 128, jnp.float16, 0, Blocks()),
     ((3, 1), 64, jnp.bfloat16, 3, Blocks(consumers=3, slots=64, stages=3, turns=False)),
+    ((6, 2), 64, jnp.bfloat16, 5, Blocks(slots=64, ahead=True)),
 ])
 def test_the_hopper_kernel_equals_the_reference(heads, H, dtype, pad, blocks):
     args = inputs(30, 300, *heads, H, pad, dtype)
@@ -79,7 +80,8 @@ def test_the_hopper_kernel_lowers_for_every_type_and_head_dim(heads):
 
 @pytest.mark.parametrize("blocks", [
     Blocks(slots=64, stages=4), Blocks(slots=192, stages=2), Blocks(stages=3), Blocks(turns=False),
-    Blocks(p_in_smem=True), Blocks(consumers=3, slots=64, turns=False), Blocks(consumers=1, turns=False),
+    Blocks(p_in_smem=True), Blocks(ahead=True), Blocks(ahead=True, p_in_smem=True),
+    Blocks(consumers=3, slots=64, turns=False), Blocks(consumers=1, turns=False),
 ])
 def test_the_hopper_kernel_lowers_for_every_variant(blocks):
     assert "mosaic_gpu" in lower(partial(mosaic_gpu, blocks=blocks), H100, "cuda", 819, 4096, 28, 4, 64, jnp.bfloat16)

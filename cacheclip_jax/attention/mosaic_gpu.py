@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 HEAD_DIMS = (64, 128)
-_SMEM = 227 * 1024  # shared memory that a block can have on Hopper
+SMEM = 227 * 1024  # shared memory that a block can have on Hopper
 _RESERVED = 3 * 1024  # of which barriers and the compiler's scratch for reductions
-_REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}  # consumer's and producer's, by consumers; 64k in all
+_REGISTERS = {2: (232, 40), 3: (160, 32)}  # consumer's and producer's, by consumers; one consumer has plenty
 _NOTHING_SEEN = -1e30  # finite: a row that sees nothing has exp2(-inf - top) = 0, not NaN
 
 
@@ -34,7 +34,8 @@ class Blocks:
 
     A tile has `rows_per_group * consumers` rows; `slots` per block of K and V, `stages` blocks in flight. `turns` makes
     two consumers alternate between softmax and matrix products. `p_in_smem` takes the softmax weights to the second
-    product through shared memory rather than registers.
+    product through shared memory rather than registers. `ahead` computes a block's scores together with the values of
+    the block before.
     """
 
     rows_per_group: int = 64
@@ -43,12 +44,13 @@ class Blocks:
     stages: int = 2
     turns: bool = True
     p_in_smem: bool = False
+    ahead: bool = False
 
     def __post_init__(self):
         if self.rows_per_group != 64:
             raise ValueError(f"rows_per_group is {self.rows_per_group}: a warpgroup's matrix product has 64 rows")
-        if self.consumers not in _REGISTERS:
-            raise ValueError(f"{self.consumers} consumers: a block has registers for {sorted(_REGISTERS)}")
+        if not 1 <= self.consumers <= 3:
+            raise ValueError(f"{self.consumers} consumers: a block has registers for 1 to 3")
         if self.slots % 64 or not 64 <= self.slots <= 256:
             raise ValueError(f"{self.slots} slots: a block has 64, 128, 192 or 256, as the layout of V wants")
         if self.stages < 2:
@@ -92,8 +94,8 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     G = N // K
     blocks = blocks or blocks_for(H, T * G, S)
     p_in_smem = blocks.p_in_smem or interpretable
-    if (need := blocks.smem(H, p_in_smem)) > _SMEM:
-        raise ValueError(f"{blocks} needs {need} bytes of shared memory at head dim {H}, over {_SMEM}: "
+    if (need := blocks.smem(H, p_in_smem)) > SMEM:
+        raise ValueError(f"{blocks} needs {need} bytes of shared memory at head dim {H}, over {SMEM}: "
                          "take fewer stages, slots or consumers")
     if blocks.slots > S:
         k, v = (jnp.pad(x, ((0, 0), (0, blocks.slots - S), (0, 0))) for x in (k, v))
@@ -102,12 +104,27 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     q = q.reshape(T, K, G, H).transpose(1, 0, 2, 3).reshape(K, T * G, H)
     q = jnp.pad(q, ((0, 0), (0, tiles * blocks.tile - T * G), (0, 0)))
     pos = jnp.pad(jnp.repeat(positions.astype(jnp.int32), G), (0, tiles * blocks.tile - T * G), constant_values=-1)
-    steps = pos.reshape(tiles, -1).max(1) // blocks.slots + 1  # -1 // slots + 1 = 0: a tile of padding rows
+    steps = jnp.maximum(pos.reshape(tiles, -1).max(1), 0) // blocks.slots + 1  # a tile of padding rows takes 1
     by_group = pos.reshape(tiles, blocks.consumers, -1)
     first = jnp.where(by_group < 0, S, by_group).min(2)
     full = jnp.minimum((first + 1) // blocks.slots, steps[:, None]).reshape(-1)
     out = _kernel(K, tiles, H, q.dtype, blocks, p_in_smem, interpretable)(q, k, v, pos, steps, full)
     return out[:, : T * G].reshape(K, T, G, H).transpose(1, 0, 2, 3).reshape(T, N, H)
+
+
+class _Scratch(NamedTuple):
+    """A block's shared memory and barriers; a ring buffer's barriers tell its stages filled and used."""
+
+    q: Any
+    k: Any
+    v: Any
+    p: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_used: Any
+    v_used: Any
+    turn: Any
 
 
 def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: bool, interpretable: bool):
@@ -124,56 +141,64 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
 
         @pl.when(thread < consumers)
         def _():
-            plgpu.set_max_registers(_REGISTERS[consumers][0], action="increase")
-            consume(thread, tile, head, steps, q_g, pos_g, full_g, out_g, *scratch)
+            if consumers in _REGISTERS:
+                plgpu.set_max_registers(_REGISTERS[consumers][0], action="increase")
+            consume(thread, tile, head, steps, q_g, pos_g, full_g, out_g, _Scratch(*scratch))
 
         @pl.when(thread == consumers)
         def _():
-            plgpu.set_max_registers(_REGISTERS[consumers][1], action="decrease")
-            produce(head, steps, k_g, v_g, *scratch)
+            if consumers in _REGISTERS:
+                plgpu.set_max_registers(_REGISTERS[consumers][1], action="decrease")
+            produce(head, steps, k_g, v_g, _Scratch(*scratch))
 
     def stage_of(step):
         return lax.rem(step, jnp.int32(stages))
 
-    def produce(head, steps, k_g, v_g, q_s, k_s, v_s, p_s, q_ready, k_ready, v_ready, k_used, v_used, turn):
+    def produce(head, steps, k_g, v_g, smem: _Scratch):
         @pl.loop(0, steps)
         def _(step):
-            stage = stage_of(step)
-            block = (head, pl.ds(step * slots, slots))
-            for x_g, x_s, ready, used in ((k_g, k_s, k_ready, k_used), (v_g, v_s, v_ready, v_used)):
+            stage, block = stage_of(step), (head, pl.ds(step * slots, slots))
+            for source, target, ready, used in ((k_g, smem.k, smem.k_ready, smem.k_used),
+                                                (v_g, smem.v, smem.v_ready, smem.v_used)):
                 pl.when(step >= stages)(partial(plgpu.barrier_wait, used.at[stage]))
-                plgpu.copy_gmem_to_smem(x_g.at[block], x_s.at[stage], ready.at[stage])
+                plgpu.copy_gmem_to_smem(source.at[block], target.at[stage], ready.at[stage])
 
-        # A barrier whose arrivals were partly waited for must have seen them all when it goes out of scope.
+        # Who waited for a barrier must have seen all its arrivals when it goes out of scope.
         @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
         def _(step):
-            for used in (k_used, v_used):
+            for used in (smem.k_used, smem.v_used):
                 plgpu.barrier_wait(used.at[stage_of(step)])
 
-    def consume(thread, tile, head, steps, q_g, pos_g, full_g, out_g, q_s, k_s, v_s, p_s, q_ready, k_ready, v_ready,
-                k_used, v_used, turn):
+    def consume(thread, tile, head, steps, q_g, pos_g, full_g, out_g, smem: _Scratch):
         rows = pl.ds(tile * blocks.tile + thread * M, M)
-        q_s, full = q_s.at[thread], full_g[tile * consumers + thread]
-        plgpu.copy_gmem_to_smem(q_g.at[head, rows], q_s, q_ready.at[thread])
+        q, full = smem.q.at[thread], full_g[tile * consumers + thread]
+        plgpu.copy_gmem_to_smem(q_g.at[head, rows], q, smem.q_ready.at[thread])
         pos = plgpu.load(pos_g.at[rows], layout=per_row, optimized=False)
-        plgpu.barrier_wait(q_ready.at[thread])
+        plgpu.barrier_wait(smem.q_ready.at[thread])
 
         def take_turns():
             if blocks.turns:
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+                plgpu.barrier_arrive(smem.turn)
+                plgpu.barrier_wait(smem.turn)
 
-        def step(i, carry, masked: bool):
-            acc, top, total = carry
-            stage = stage_of(i)
+        def wait_for_k(i):
+            plgpu.barrier_wait(smem.k_ready.at[stage_of(i)])
 
-            def qk(s_ref):
-                plgpu.wgmma(s_ref, q_s, k_s.at[stage].transpose((1, 0)))
-                take_turns()
+        def qk(i, s_ref):
+            plgpu.wgmma(s_ref, q, smem.k.at[stage_of(i)].transpose((1, 0)))
+            take_turns()
+
+        def scores(i):
+            def product(s_ref):
+                qk(i, s_ref)
                 return s_ref[...]
 
-            s = pl.run_scoped(qk, plgpu.ACC((M, slots), jnp.float32))
-            plgpu.barrier_arrive(k_used.at[stage])
+            s = pl.run_scoped(product, plgpu.ACC((M, slots), jnp.float32))
+            plgpu.barrier_arrive(smem.k_used.at[stage_of(i)])
+            return s
+
+        def softmax(i, s, carry, masked: bool):
+            acc, top, total = carry
             if masked:
                 slot = plgpu.broadcasted_iota(jnp.int32, (M, slots), 1, layout=plgpu.Layout.WGMMA)
                 s = jnp.where(slot <= lax.broadcast_in_dim(pos - i * slots, s.shape, [0]), s, -jnp.inf)
@@ -184,60 +209,95 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
             total = total * shrink + p.sum(axis=1)
             p = p.astype(dtype)
             if p_in_smem:
-                p_s.at[thread][...] = p
+                smem.p.at[thread][...] = p
                 plgpu.commit_smem()
+                p = smem.p.at[thread]
             else:
                 # Keeps the softmax on this side of the turn: afterwards the tensor cores are this warpgroup's.
                 acc, total, new_top, p = lax.optimization_barrier((acc, total, new_top, p))
             if blocks.turns:
-                plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(v_ready.at[stage])
+                plgpu.barrier_arrive(smem.turn)
+            plgpu.barrier_wait(smem.v_ready.at[stage_of(i)])
             if blocks.turns:
-                plgpu.barrier_wait(turn)
+                plgpu.barrier_wait(smem.turn)
+            return acc, new_top, total, p
 
-            def pv(acc_ref):
-                plgpu.wgmma(acc_ref, p_s.at[thread] if p_in_smem else p, v_s.at[stage])
-                pl.when(i + 1 < steps)(lambda: plgpu.barrier_wait(k_ready.at[stage_of(i + 1)]))
+        def add_values(i, acc, p, meanwhile=lambda: None):
+            """acc + P V; `meanwhile` runs while the tensor cores do."""
+            def product(acc_ref):
+                plgpu.wgmma(acc_ref, p, smem.v.at[stage_of(i)])
+                meanwhile()
                 return acc_ref[...] if interpretable else None
 
             if interpretable:
-                acc = acc + pl.run_scoped(pv, plgpu.ACC((M, H), jnp.float32))
+                acc = acc + pl.run_scoped(product, plgpu.ACC((M, H), jnp.float32))
             else:
-                acc = pl.run_state(pv)(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(v_used.at[stage])
-            return acc, new_top, total
+                acc = pl.run_state(product)(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(smem.v_used.at[stage_of(i)])
+            return acc
+
+        def step(i, carry, masked: bool):
+            acc, top, total, p = softmax(i, scores(i), carry, masked)
+            next_k = pl.when(i + 1 < steps)
+            return add_values(i, acc, p, meanwhile=lambda: next_k(partial(wait_for_k, i + 1))), top, total
+
+        def step_ahead(i, carry, masked: bool):
+            """The same with the scores of the next block computed beside P V."""
+            s, *carry = carry
+            acc, top, total, p = softmax(i, s, carry, masked)
+            if interpretable:
+                acc = add_values(i, acc, p, meanwhile=partial(wait_for_k, i + 1))
+                return scores(i + 1), acc, top, total
+
+            def products(s_ref):
+                def next_scores():
+                    wait_for_k(i + 1)
+                    qk(i + 1, s_ref)
+
+                added = add_values(i, acc, p, meanwhile=next_scores)
+                return s_ref[...], added
+
+            s, acc = pl.run_scoped(products, plgpu.ACC((M, slots), jnp.float32))
+            plgpu.barrier_arrive(smem.k_used.at[stage_of(i + 1)])
+            return s, acc, top, total
+
+        def loop(step, stop, carry):
+            edge = lax.min(full, stop)
+            carry = lax.fori_loop(0, edge, partial(step, masked=False), carry)
+            return lax.fori_loop(edge, stop, partial(step, masked=True), carry)
 
         def vector(x):
             return plgpu.layout_cast(jnp.full((M,), x, jnp.float32), per_row)
 
         carry = (plgpu.layout_cast(jnp.zeros((M, H), jnp.float32), plgpu.Layout.WGMMA), vector(_NOTHING_SEEN),
                  vector(0.0))
-        pl.when(steps > 0)(lambda: plgpu.barrier_wait(k_ready.at[0]))
+        wait_for_k(jnp.int32(0))
         # The second consumer starts half a step late, and the first one waits for it at the end.
         pl.when(thread == 1)(take_turns)
-        carry = lax.fori_loop(0, full, lambda i, c: step(i, c, masked=False), carry)
-        acc, _, total = lax.fori_loop(full, steps, lambda i, c: step(i, c, masked=True), carry)
+        if blocks.ahead:
+            s, *carry = loop(step_ahead, steps - 1, (scores(jnp.int32(0)), *carry))
+            acc, top, total, p = softmax(steps - 1, s, carry, masked=True)
+            acc = add_values(steps - 1, acc, p)
+        else:
+            acc, _, total = loop(step, steps, carry)
         pl.when(thread == 0)(take_turns)
 
         share = jnp.where(pos >= 0, 1 / jnp.maximum(total, 1e-30), 0.0)
-        q_s[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(dtype)
+        q[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s, out_g.at[head, rows])
+        plgpu.copy_smem_to_gmem(q, out_g.at[head, rows])
         plgpu.wait_smem_to_gmem(0)
 
     layout: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
-
-    def smem(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=layout)
-
+    ring = plgpu.SMEM((stages, slots, H), dtype, transforms=layout)
+    filled = plgpu.Barrier(num_barriers=stages)
+    used = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct((K, tiles * blocks.tile, H), dtype), grid=(tiles, K),
         grid_names=("tile", "head"), num_threads=consumers + 1, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        scratch_types=[
-            smem(consumers, M, H), smem(stages, slots, H), smem(stages, slots, H),
-            smem(consumers, M, slots) if p_in_smem else None,
-            plgpu.Barrier(num_barriers=consumers), plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=consumers) if blocks.turns else None])
+        scratch_types=_Scratch(
+            q=plgpu.SMEM((consumers, M, H), dtype, transforms=layout), k=ring, v=ring,
+            p=plgpu.SMEM((consumers, M, slots), dtype, transforms=layout) if p_in_smem else None,
+            q_ready=plgpu.Barrier(num_barriers=consumers), k_ready=filled, v_ready=filled, k_used=used, v_used=used,
+            turn=plgpu.Barrier(num_arrivals=consumers) if blocks.turns else None))

@@ -21,7 +21,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "dtype": "float32" if cpu else "bfloat16",
         "implementations": (),  # empty: all that run here
         "ceiling": True,  # also causal attention of all rows by the library, which no row attention is expected to beat
-        "sweep": False,  # instead: every variant of the GPU kernel, at 20 % of 8k and of 32k, for the first shape
+        "sweep": False,  # instead: every variant of the GPU kernel at `swept` (context, ratio), for the first shape
+        "swept": ((8192, 0.2), (32768, 0.2)),
         "group": 8,  # rows come in groups of neighbours, as selected tokens do
         "calls": 2 if cpu else 10,
         "repeats": 3 if cpu else 5,
