@@ -112,12 +112,13 @@ def measure(cell: Cell, config) -> dict[str, Any]:
     pos = positions(cell.rows, cell.context, config.group)
 
     @jax.jit
-    def chained(*args):
-        # Through the barrier each call depends on the one before: none is hoisted, merged or dropped.
+    def chained(q, k, v, pos):
+        # Through the barrier each call depends on the one before: none is hoisted, merged or dropped. What follows from
+        # positions alone may be hoisted, as in a model, whose layers share them.
         def call(_, out):
-            return cell.attend(*lax.optimization_barrier((args, out))[0])
+            return cell.attend(*lax.optimization_barrier((q, k, v, out))[:3], pos)
 
-        return lax.fori_loop(0, config.calls, call, jnp.zeros_like(args[0]))
+        return lax.fori_loop(0, config.calls, call, jnp.zeros_like(q))
 
     args = (q, k, v, jnp.asarray(pos))
     out = chained(*args).block_until_ready()
@@ -147,7 +148,7 @@ def run(config) -> list[dict[str, Any]]:
             row = {**about, **dataclasses.asdict(cell), "dtype": config.dtype}
             try:
                 row |= measure(cell, config)
-                console.print(f"{describe(row)}: {row['ms']:.3f} ms, {row['tflops']:.0f} TFLOP/s")
+                console.print(f"{describe(row)}: {row['ms']:.3f} ms, {row['tflops']:.3g} TFLOP/s")
             except Exception as e:  # a sweep outlives any one variant
                 row["error"] = f"{type(e).__name__}: {e}"[:500]
                 console.print(f"{describe(row)}: {row['error']}", markup=False)

@@ -36,7 +36,7 @@ def test_blocked_equals_the_reference_for_any_rows_slots_heads_and_blocks(T, ext
 IMPLEMENTATIONS = {"blocked": blocked, "dense": dense, "cudnn": partial(cudnn, implementation="xla")}
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(T=st.integers(1, 20), extra=st.integers(0, 40), heads=st.sampled_from([(4, 2), (3, 3), (7, 1)]),
        pad=st.integers(0, 3), seed=st.integers(0, 99), name=st.sampled_from(["dense", "cudnn"]))
 def test_dense_and_masked_equal_the_reference_for_any_rows_slots_and_heads(T, extra, heads, pad, seed, name):
@@ -58,7 +58,7 @@ def test_rows_never_see_later_slots(name):
     before = attend(q, k, v, positions)
     for t in (0, 7, 15):
         after = int(positions[t]) + 1
-        changed = attend(q, k.at[:, after:].set(9e9), v.at[:, after:].set(9e9), positions)
+        changed = attend(q, k.at[:, after:].set(99.0), v.at[:, after:].set(99.0), positions)
         assert max_diff(changed[: t + 1], before[: t + 1]) == 0
 
 

@@ -55,14 +55,14 @@ def test_the_hopper_kernel_equals_the_reference(heads, H, dtype, pad, blocks):
     assert np.all(np.asarray(out[30 - pad:], np.float32) == 0)
 
 
-def test_the_hopper_kernel_has_no_races_and_never_sees_later_slots(capfd):
+def test_the_hopper_kernel_has_no_races_and_never_sees_later_slots(capfd, caplog):
     q, k, v, positions = inputs(20, 200, 2, 1, 64, dtype=jnp.bfloat16)
     before = interpreted(q, k, v, positions, blocks=Blocks(consumers=1, slots=64, turns=False), races=True)
     after = int(positions[9]) + 1
-    changed = interpreted(q, k.at[:, after:].set(9e9), v.at[:, after:].set(9e9), positions, blocks=Blocks(slots=64),
-                          races=True)
+    changed = interpreted(q, k.at[:, after:].set(99.0), v.at[:, after:].set(99.0), positions,
+                          blocks=Blocks(slots=64, ahead=True), races=True)
     assert max_diff(changed[:10], before[:10]) == 0
-    assert "RACE" not in "".join(capfd.readouterr())
+    assert "RACE" not in "".join([*capfd.readouterr(), caplog.text])  # jax 0.11 prints, 0.12 logs
 
 
 def test_the_hopper_kernel_gives_zeros_for_tiles_of_padding_and_takes_fewer_slots_than_a_block():
@@ -116,7 +116,7 @@ def test_the_tpu_kernel_never_sees_later_slots():
     q, k, v, positions = inputs(20, 200, 2, 1, 64)
     attend = jax.jit(partial(mosaic_tpu, tile=128, slots=128, interpret=True))
     before, after = attend(q, k, v, positions), int(positions[9]) + 1
-    changed = attend(q, k.at[:, after:].set(9e9), v.at[:, after:].set(9e9), positions)
+    changed = attend(q, k.at[:, after:].set(99.0), v.at[:, after:].set(99.0), positions)
     assert max_diff(changed[:10], before[:10]) == 0
 
 

@@ -294,7 +294,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
     used = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct((K, tiles * blocks.tile, H), dtype), grid=(tiles, K),
-        grid_names=("tile", "head"), num_threads=consumers + 1, thread_name="warpgroup",
+        grid_names=("tile", "head"), num_threads=consumers + 1, thread_name="warpgroup", kernel_name="row_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=_Scratch(
             q=plgpu.SMEM((consumers, M, H), dtype, transforms=layout), k=ring, v=ring,
