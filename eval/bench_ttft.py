@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -13,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -27,6 +24,7 @@ from cacheclip_jax.methods import AuxGuided, Full, Method, Naive
 from cacheclip_jax.model.pull import pull
 from cacheclip_jax.score import SCORINGS
 from cacheclip_jax.store import Passage
+from eval.machine import device, versions
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure, see configs/bench.", lock_config=True)
 flags.mark_flag_as_required("config")
@@ -117,28 +115,6 @@ def measure_torch(path: Path, ids: np.ndarray | None, config) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
     return {"ttft": statistics.median(seconds[1:]), "ttft_min": min(seconds[1:]), "ttft_max": max(seconds[1:]),
             "torch_threads": torch.get_num_threads()}
-
-
-def device() -> str:
-    """The device that computes, in words."""
-    d = jax.devices()[0]
-    if d.platform != "cpu":
-        return d.device_kind
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else [platform.processor()]
-    return f"{len(names)} cores of {names[0]}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what was measured."""
-    out = {"python": platform.python_version()}
-    for name in ("cacheclip-jax", "jax", "tensorstore", "transformers", "torch"):
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    return out
 
 
 def table(report: dict[str, Any]) -> Table:
