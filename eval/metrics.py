@@ -16,8 +16,9 @@ from cacheclip_jax.errors import BadInput
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_CHINESE_PUNCTUATION = str.maketrans("", "", string.punctuation + (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."))
+_CHINESE = ("！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣"  # noqa: RUF001
+            "､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏.")  # noqa: RUF001
+_CHINESE_PUNCTUATION = str.maketrans("", "", string.punctuation + _CHINESE)
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 

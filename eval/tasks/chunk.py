@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from cacheclip_jax.errors import BadInput
@@ -22,7 +23,7 @@ def windows(text: str, spans: Spans, size: int, cuts: Sequence[int] = ()) -> tup
     if size < 1:
         raise BadInput(f"chunk_tokens={size} is out of range: 1 or more")
     edges = [0, *sorted(set(cuts)), len(text)]
-    return tuple(piece for a, b in zip(edges, edges[1:], strict=False) for piece in _run(text[a:b], spans, size))
+    return tuple(piece for a, b in pairwise(edges) for piece in _run(text[a:b], spans, size))
 
 
 def _run(text: str, spans: Spans, size: int) -> list[str]:
@@ -34,7 +35,7 @@ def _run(text: str, spans: Spans, size: int) -> list[str]:
         count += 1
         covered = max(covered, end)
     edges.append(len(text))
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [text[a:b] for a, b in pairwise(edges) if a < b]
 
 
 def middle(text: str, spans: Spans, fact: Range) -> int:
@@ -60,7 +61,7 @@ def pieces(text: str, heading: str) -> tuple[str, ...]:
     """The text cut before every match of the regular expression `heading`; what precedes the first joins it."""
     edges = [m.start() for m in re.finditer(heading, text)]
     edges = [0, *edges[1:], len(text)]
-    return tuple(text[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b)
+    return tuple(text[a:b] for a, b in pairwise(edges) if a < b)
 
 
 def packed(parts: Sequence[str], spans: Spans, size: int) -> tuple[str, ...]:

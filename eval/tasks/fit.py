@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 from cacheclip_jax.errors import BadInput
 
-T = TypeVar("T")
 
-
-def largest_fit(build: Callable[[int], T], tokens: Callable[[T], int], limit: int, low: int = 1,
-                high: int | None = None) -> T:
+def largest_fit[T](build: Callable[[int], T], tokens: Callable[[T], int], limit: int, low: int = 1,
+                   high: int | None = None) -> T:
     """`build(n)` for an n in low..high with at most `limit` tokens, of which n+1 has more (or n is high).
 
     Tokens should grow with n; where they wobble, the result still fits. Unlike RULER, which searches once and takes

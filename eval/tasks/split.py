@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 from cacheclip_jax.errors import BadInput
 from eval.tasks.sample import Split, nfc
-
-T = TypeVar("T")
 
 # Generated samples: every seed number belongs to one half. A seed of `make` owns SAMPLES_PER_SEED numbers.
 SAMPLES_PER_SEED = 10_000
@@ -25,7 +23,7 @@ def half(question: str) -> Literal["tune", "report"]:
     return "tune" if _digest(f"half:{words}")[0] % 2 == 0 else "report"
 
 
-def choose(items: Sequence[T], question: Callable[[T], str], split: Split, seed: int, count: int | None) -> list[T]:
+def choose[T](items: Sequence[T], question: Callable[[T], str], split: Split, seed: int, count: int | None) -> list[T]:
     """`count` items of a half (None: all of them), in an order that `seed` fixes and the items' own order doesn't.
 
     Raises BadInput when the half holds fewer.
