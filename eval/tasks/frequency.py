@@ -38,7 +38,7 @@ def make_cwe(order: Order, *, common: int = 10, common_repeats: int | None = Non
     to another list where they run out, at about 150k tokens, which is refused here.
     """
     words = word_list("noun", "adjective", "verb")
-    short = order.limit < SHORT
+    short = order.limit + order.template_tokens < SHORT
     often = common_repeats or (6 if short else 30)
     rarely = uncommon_repeats or (1 if short else 3)
     if common < 1 or rarely >= often:

@@ -6,6 +6,7 @@ leave the number out, as retrieval does, and ask in LongBench's words.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -137,15 +138,13 @@ def _sample(order: Order, q: Question, texts: list[str], style: Style, meta: dic
     total = sum(map(len, context))
     facts = [[start, start + len(context[i])] for start, i in zip(starts, gold, strict=True)]
     return Sample(
-        id=f"{order.task}/{order.length}/{question_id(q.text)}", task=order.task, instructions=style.head,
-        context=context, question=style.question.replace("{query}", q.text), answer_prefix=style.prefix,
-        references=q.answers, metric=style.metric, max_new_tokens=style.max_new_tokens,
+        id=f"{order.task}/{order.length}/{question_id(q.text + q.passages[0] + q.meta.get('source', ''))}",
+        task=order.task, instructions=style.head, context=context, question=style.question.replace("{query}", q.text),
+        answer_prefix=style.prefix, references=q.answers, metric=style.metric, max_new_tokens=style.max_new_tokens,
         meta={**q.meta, **meta, "gold": gold, "facts": facts, "length": order.length,
               "depth": round(100 * starts[0] / total, 1) if gold else None})
 
 
 def question_id(text: str) -> str:
     """A short hash that names a question whatever file it is in."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:12]

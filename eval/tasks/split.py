@@ -29,7 +29,7 @@ def choose[T](items: Sequence[T], question: Callable[[T], str], split: Split, se
     Raises BadInput when the half holds fewer.
     """
     mine = [item for item in items if split == "all" or half(question(item)) == split]
-    mine.sort(key=lambda item: _digest(f"{seed}:{question(item)}"))
+    mine.sort(key=lambda item: (_digest(f"{seed}:{question(item)}"), repr(item)))  # one question may stand twice
     if count is not None and count > len(mine):
         raise BadInput(f"count={count} is too many: the data has {len(mine)} questions in split {split!r} "
                        f"of {len(items)} in all")

@@ -48,7 +48,9 @@ def _example(order: Order, number: int, chains: int, hops: int) -> str:
         text = _context(random.Random(f"{number}:{noise}:example"), assignments, noise)
         return HEAD + text + "\n" + QUESTION.format(value=value) + PREFIX.format(value=value, n=n)
 
-    prompt = largest_fit(build, lambda text: len(order.spans(text)), EXAMPLE_TOKENS, low=min(10, hops) + 1)
+    low = min(10, hops) + 1
+    limit = max(EXAMPLE_TOKENS, len(order.spans(build(low))))  # the shortest one, where tokens are near to letters
+    prompt = largest_fit(build, lambda text: len(order.spans(text)), limit, low)
     return f"{prompt} {' '.join(names[0])}\n\n"
 
 
