@@ -34,7 +34,7 @@ def make_cwe(order: Order, *, common: int = 10, common_repeats: int | None = Non
              uncommon_repeats: int | None = None, chunk_tokens: int = 512) -> list[Sample]:
     """Samples with as many uncommon words as the length holds.
 
-    Repeats default to RULER's: 30 and 3, below 4,096 tokens 6 and 1. Words are wonderwords' (about 8,700); RULER turns
+    Repeats default to RULER's: 30 and 3, below 4,096 tokens 6 and 1. Words are wonderwords' (about 8,200); RULER turns
     to another list where they run out, at about 150k tokens, which is refused here.
     """
     words = word_list("noun", "adjective", "verb")
