@@ -13,13 +13,13 @@ from eval.rows import Cell, pool, pooled_retention
 _DEPTH_BINS = 10
 
 
-def ratio_curves(cells: Sequence[Cell], length: int) -> str:
+def ratio_curves(cells: Sequence[Cell]) -> str:
     """Retention, the mean over tasks, over the realised recompute ratio; one line a method. "" without a method."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for (at, name, _), group in pool(cells).items():
+    for (name, _), group in pool(cells).items():
         realised = [r for c in group if (r := c.mean_of("realised_ratio")) is not None]
         kept = pooled_retention(group)
-        if at == length and name != "full" and realised and not math.isnan(kept):
+        if name != "full" and realised and not math.isnan(kept):
             lines.setdefault(name, []).append((100 * sum(realised) / len(realised), 100 * kept))
     if not lines:
         return ""
@@ -32,12 +32,12 @@ def ratio_curves(cells: Sequence[Cell], length: int) -> str:
     return _svg(figure)
 
 
-def quality_over_ttft(cells: Sequence[Cell], length: int) -> str:
+def quality_over_ttft(cells: Sequence[Cell]) -> str:
     """Mean score against median TTFT; one point a method and ratio. "" where no time was measured."""
     points = []
-    for (at, name, ratio), group in pool(cells).items():
+    for (name, ratio), group in pool(cells).items():
         times = [c.ttft for c in group if not math.isnan(c.ttft)]
-        if at == length and times:
+        if times:
             points.append((1000 * sum(times) / len(times), 100 * sum(c.score.value for c in group) / len(group),
                            name if ratio is None else f"{name} {100 * ratio:.0f}%"))
     if not points:
@@ -47,13 +47,14 @@ def quality_over_ttft(cells: Sequence[Cell], length: int) -> str:
         axes.plot([x], [y], marker="o", linestyle="")
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
     axes.set(xlabel="time to first token (ms, median)", ylabel="score (%, mean over tasks)")
+    axes.margins(x=0.15, y=0.1)  # room for the names
     axes.set_xlim(left=0)
     return _svg(figure)
 
 
-def needle_heatmap(cells: Sequence[Cell], name: str, ratio: float | None) -> str:
+def needle_heatmap(cells: Sequence[Cell]) -> str:
     """Mean score of the samples that have a depth, in tenths of the context, by length. "" without any."""
-    rows = [r for c in cells if c.name == name and c.first.ratio == ratio for r in c.rows if r.depth is not None]
+    rows = [r for c in cells for r in c.rows if r.depth is not None]
     if not rows:
         return ""
     lengths = sorted({r.length for r in rows})
@@ -64,7 +65,7 @@ def needle_heatmap(cells: Sequence[Cell], name: str, ratio: float | None) -> str
         number[at] += 1
     grid = np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
     figure, axes = _figure(width=1.6 + 0.8 * len(lengths))
-    axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto", alpha=0.7)
     for (y, x), value in np.ndenumerate(grid):
         if not math.isnan(value):
             axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)

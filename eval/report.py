@@ -20,7 +20,7 @@ import typer
 
 from cacheclip_jax.errors import BadInput, CacheClipError
 from eval import figures
-from eval.rows import Cell, Row, against, cells, pool, pooled_retention, read_rows
+from eval.rows import Cell, Row, against, cells, parts, pool, pooled_retention, read_rows, rival
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Example:
 def write(paths: Sequence[Path], out: Path, *, examples: int = 6, reference: str = "cacheclip") -> list[Path]:
     """Write `out`.jsonl, .md and .html from files of rows; returns the three.
 
-    reference: the method that others are tested against, at the same ratio.
+    reference: the method that others are tested against, at the same ratio, or at its largest one where a method has
+      no ratio.
     """
     rows = read_rows(paths)
     made = cells(rows)
@@ -67,10 +68,10 @@ def merged(path: Path, made: Sequence[Cell]) -> list[dict[str, Any]]:
 def markdown(made: Sequence[Cell], reference: str = "cacheclip") -> str:
     """Tables per length: methods over all tasks, then every cell."""
     out = ["# Quality against full attention", "", setting(made), ""]
-    for length in lengths(made):
-        out += [f"## {length} tokens" if length else "## As long as they are", ""]
+    for (run, length), part in parts(made).items():
         named = [column.format(reference=reference) for column in SUMMARY]
-        out += [*_table(named, summary(made, length, reference)), "", *_table(DETAIL, detail(made, length)), ""]
+        out += [f"## {_title(run, length)}", "", *_table(named, summary(part, reference)), "",
+                *_table(DETAIL, detail(part)), ""]
     return "\n".join(out)
 
 
@@ -79,13 +80,12 @@ SUMMARY = ("method", "ratio", "realised", "tasks", "samples", "score", "retentio
 DETAIL = ("task", "method", "ratio", "n", "score", "full", "retention (95%)", "where full answers", "TTFT ms")
 
 
-def summary(made: Sequence[Cell], length: int, reference: str) -> list[tuple[str, ...]]:
-    """A line per method and ratio at a length, tasks weighing the same."""
-    groups = {key: group for key, group in pool(made).items() if key[0] == length}
+def summary(part: Sequence[Cell], reference: str) -> list[tuple[str, ...]]:
+    """A line per method and ratio of one run and length, tasks weighing the same."""
     out: list[tuple[str, ...]] = []
-    for (_, name, ratio), group in groups.items():
-        rival = groups.get((length, reference, ratio))
-        test = against(group, rival) if rival and name not in (reference, "full") else None
+    for (name, ratio), group in pool(part).items():
+        other = rival(part, reference, ratio)
+        test = against(group, other) if other and other[0].name != name else None
         times = [c.ttft for c in group]
         out.append((name, _percent(ratio), _percent(_mean(c.mean_of("realised_ratio") for c in group)), str(len(group)),
                     str(sum(len(c.rows) for c in group)), _percent(_mean(c.score.value for c in group)),
@@ -96,13 +96,13 @@ def summary(made: Sequence[Cell], length: int, reference: str) -> list[tuple[str
     return out
 
 
-def detail(made: Sequence[Cell], length: int) -> list[tuple[str, ...]]:
-    """A line per task, method and ratio at a length."""
+def detail(part: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """A line per task, method and ratio."""
     return [(c.first.task, c.name, _percent(c.first.ratio), str(len(c.rows)), _percent(c.score.value),
              _percent(c.full_score),
              f"{_percent(c.retention.value)} ({_percent(c.retention.low)} to {_percent(c.retention.high)})",
              _percent(c.answered.value), _text(1000 * c.ttft, "{:.0f}"))
-            for c in made if c.first.length == length]
+            for c in part]
 
 
 def html(made: Sequence[Cell], reference: str = "cacheclip", examples: int = 6) -> str:
@@ -110,13 +110,12 @@ def html(made: Sequence[Cell], reference: str = "cacheclip", examples: int = 6) 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")))
     named = tuple(column.format(reference=reference) for column in SUMMARY)
-    sections = [{
-        "length": length, "summary": summary(made, length, reference), "detail": detail(made, length),
-        "curves": figures.ratio_curves(made, length), "scatter": figures.quality_over_ttft(made, length)}
-        for length in lengths(made)]
-    looks = dict.fromkeys((c.name, c.first.ratio) for c in made)
-    heatmaps = [(name, _percent(ratio), svg) for name, ratio in looks
-                if (svg := figures.needle_heatmap(made, name, ratio))]
+    sections = [{"title": _title(run, length), "summary": summary(part, reference), "detail": detail(part),
+                 "curves": figures.ratio_curves(part), "scatter": figures.quality_over_ttft(part)}
+                for (run, length), part in parts(made).items()]
+    heatmaps = [(f"{run}: {name} {_percent(ratio)}".strip(), svg) for run in dict.fromkeys(c.first.run for c in made)
+                for (name, ratio), group in pool([c for c in made if c.first.run == run]).items()
+                if (svg := figures.needle_heatmap(group))]
     return environment.get_template("report.html").render(
         setting=setting(made), sections=sections, summary_columns=named, detail_columns=DETAIL, heatmaps=heatmaps,
         examples=worst(made, examples), percent=_percent)
@@ -146,17 +145,16 @@ def highlighted(text: str, selected: Sequence[tuple[int, int]]) -> tuple[tuple[s
     return (*out, (text[at:], False)) if at < len(text) else tuple(out)
 
 
-def lengths(made: Sequence[Cell]) -> list[int]:
-    """The lengths there are, ascending."""
-    return sorted({c.first.length for c in made})
-
-
 def setting(made: Sequence[Cell]) -> str:
     """The runs, and on what they ran."""
     runs = dict.fromkeys((c.first.run, c.first.primary, c.first.aux, c.first.aux_adapter, c.first.device, c.first.date,
                           c.first.commit) for c in made)
     return "; ".join(", ".join(f"{name} {value}".strip() for name, value in zip(
         ("run", "primary", "aux", "adapter", "on", "", "commit"), run, strict=True) if value) for run in runs)
+
+
+def _title(run: str, length: int) -> str:
+    return f"{run}: {length} tokens" if length else f"{run}: as long as they are"
 
 
 def _table(columns: Sequence[str], lines: Sequence[tuple[str, ...]]) -> list[str]:

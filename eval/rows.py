@@ -148,12 +148,28 @@ def cells(rows: Sequence[Row]) -> list[Cell]:
     return out
 
 
-def pool(some: Sequence[Cell]) -> dict[tuple[int, str, float | None], list[Cell]]:
-    """Cells of all tasks by length, method with preset, and ratio."""
-    out: dict[tuple[int, str, float | None], list[Cell]] = defaultdict(list)
-    for cell in some:
-        out[cell.first.length, cell.name, cell.first.ratio].append(cell)
+def parts(some: Sequence[Cell]) -> dict[tuple[str, int], list[Cell]]:
+    """Cells by run and length, which never mix: runs in their order, lengths ascending."""
+    runs = list(dict.fromkeys(c.first.run for c in some))
+    out: dict[tuple[str, int], list[Cell]] = defaultdict(list)
+    for cell in sorted(some, key=lambda c: (runs.index(c.first.run), c.first.length)):
+        out[cell.first.run, cell.first.length].append(cell)
     return dict(out)
+
+
+def pool(some: Sequence[Cell]) -> dict[tuple[str, float | None], list[Cell]]:
+    """Cells of all tasks by method with preset, and ratio."""
+    out: dict[tuple[str, float | None], list[Cell]] = defaultdict(list)
+    for cell in some:
+        out[cell.name, cell.first.ratio].append(cell)
+    return dict(out)
+
+
+def rival(some: Sequence[Cell], reference: str, ratio: float | None) -> list[Cell]:
+    """The cells of a method, named with or without its preset, at a ratio; at its largest one where ratio is None."""
+    theirs = {at: group for (name, at), group in reversed(pool(some).items())
+              if reference in (name, group[0].first.method)}
+    return theirs.get(ratio, theirs[max(theirs, key=lambda at: at or 0)] if theirs and ratio is None else [])
 
 
 def pooled_retention(some: Sequence[Cell]) -> float:

@@ -29,9 +29,9 @@ def rows(run="r1", lengths=(4096, 8192)):
                 out.append(full)
                 for ratio in (0.1, 0.2):
                     out.append(replace(full, method="cacheclip", preset="late", ratio=ratio,
-                                       realised_ratio=ratio + 0.01, score=0.0 if i in (0, 5) else 1.0, times={"ttft": 0.5}, kl_first_token=0.25,
-                                       top1=i != 5, context=("noise ", "gold & more"), selected=((6, 10),),
-                                       question="Where?"))
+                                       realised_ratio=ratio + 0.01, score=0.0 if i in (0, 5) else 1.0,
+                                       times={"ttft": 0.5}, kl_first_token=0.25, top1=i != 5, question="Where?",
+                                       context=("noise ", "gold & more"), selected=((6, 10),)))
                 out.append(replace(full, method="naive", score=float(i % 2), times={"ttft": 0.2}, realised_ratio=0.0))
     return out
 
@@ -66,6 +66,23 @@ def test_methods_are_tested_on_the_samples_that_both_answered():
     made = cells([r for r in rows() if r.method != "naive" or r.sample not in ("s1", "s3")])
     test = against([of(made, "naive")], [of(made, "cacheclip", 0.2)])
     assert test.n == 8 and test.difference < 0
+
+
+def test_the_summary_tests_against_the_reference_at_the_same_or_its_largest_ratio():
+    made = cells(rows(lengths=(4096,)) + [replace(r, method="random", preset="", score=0.0) for r in
+                                          rows(lengths=(4096,)) if r.ratio == 0.1])
+    lines = {(line[0], line[1]): line[-1] for line in report.summary(made, "cacheclip")}
+    assert lines["cacheclip late", "10.0"] == "" and lines["random", "10.0"].startswith("-80.0 (")
+    assert lines["naive", ""].startswith("-30.0 (") and lines["full", ""].startswith("+10.0 (")
+
+
+def test_runs_never_mix():
+    other = [replace(r, score=0.0) if r.method != "full" else r for r in rows("r2", lengths=(4096,))]
+    made = cells([*rows("r1", lengths=(4096,)), *other])
+    text = report.markdown(made)
+    assert "## r1: 4096 tokens" in text and "## r2: 4096 tokens" in text
+    assert "| cacheclip late | 20.0 | 21.0 | 2 | 20 | 80.0 |" in text
+    assert "| cacheclip late | 20.0 | 21.0 | 2 | 20 | 0.0 |" in text
 
 
 def test_a_sample_without_full_attentions_answer_or_answered_twice_is_refused():
@@ -104,7 +121,7 @@ def test_the_same_rows_give_the_same_bytes(written, tmp_path):
 
 def test_markdown_tables_are_whole(written):
     text = written[1][1].read_text()
-    assert "## 4096 tokens" in text and "## 8192 tokens" in text
+    assert "## r1: 4096 tokens" in text and "## r1: 8192 tokens" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") for line in block.splitlines()}) == 1
     assert re.search(r"\| vt \| cacheclip late \| 20\.0 \| 10 \| 80\.0 \| 90\.0 \| 88\.9 \(", text)
