@@ -38,7 +38,7 @@ def quality_over_ttft(cells: Sequence[Cell]) -> str:
     for (name, ratio), group in pool(cells).items():
         times = [c.ttft for c in group if not math.isnan(c.ttft)]
         if times:
-            points.append((1000 * sum(times) / len(times), 100 * sum(c.score.value for c in group) / len(group),
+            points.append((1000 * sum(times) / len(times), 100 * sum(c.score for c in group) / len(group),
                            name if ratio is None else f"{name} {100 * ratio:.0f}%"))
     if not points:
         return ""

@@ -88,7 +88,7 @@ def summary(part: Sequence[Cell], reference: str) -> list[tuple[str, ...]]:
         test = against(group, other) if other and other[0].name != name else None
         times = [c.ttft for c in group]
         out.append((name, _percent(ratio), _percent(_mean(c.mean_of("realised_ratio") for c in group)), str(len(group)),
-                    str(sum(len(c.rows) for c in group)), _percent(_mean(c.score.value for c in group)),
+                    str(sum(len(c.rows) for c in group)), _percent(_mean(c.score for c in group)),
                     _percent(pooled_retention(group)), _text(_mean(1000 * t for t in times), "{:.0f}"),
                     _text(_mean(c.mean_of("kl_first_token") for c in group), "{:.3f}"),
                     _percent(_mean(c.mean_of("top1") for c in group)),
@@ -98,10 +98,10 @@ def summary(part: Sequence[Cell], reference: str) -> list[tuple[str, ...]]:
 
 def detail(part: Sequence[Cell]) -> list[tuple[str, ...]]:
     """A line per task, method and ratio."""
-    return [(c.first.task, c.name, _percent(c.first.ratio), str(len(c.rows)), _percent(c.score.value),
+    return [(c.first.task, c.name, _percent(c.first.ratio), str(len(c.rows)), _percent(c.score),
              _percent(c.full_score),
              f"{_percent(c.retention.value)} ({_percent(c.retention.low)} to {_percent(c.retention.high)})",
-             _percent(c.answered.value), _text(1000 * c.ttft, "{:.0f}"))
+             _percent(c.answered), _text(1000 * c.ttft, "{:.0f}"))
             for c in part]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cacheclip_jax.errors import BadInput
-from eval.statistics import Comparison, Estimate, compare, mean, retention
+from eval.statistics import Comparison, Estimate, compare, retention
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """All rows of a run, task, length, method, preset and ratio, set against full attention on the same samples."""
+    """All rows of a run, task, length, method, preset and ratio, set against full attention on the same samples.
+
+    answered: retention over the samples that full attention scores above 0 on.
+    """
 
     rows: tuple[Row, ...]
     full: tuple[Row, ...]
-    score: Estimate
+    score: float
     full_score: float
     retention: Estimate
-    answered: Estimate
+    answered: float
 
     @property
     def first(self) -> Row:
@@ -92,7 +95,7 @@ class Cell:
                 "preset", "ratio")
         return {**{name: getattr(self.first, name) for name in same},
                 "realised_ratio": self.mean_of("realised_ratio"), "n": len(self.rows),
-                "score": _number(self.score.value), "full_score": _number(self.full_score),
+                "score": _number(self.score), "full_score": _number(self.full_score),
                 "retention": _number(self.retention.value), "ci_low": _number(self.retention.low),
                 "ci_high": _number(self.retention.high),
                 "kl_first_token": self.mean_of("kl_first_token"), "top1_agreement": self.mean_of("top1")}
@@ -143,8 +146,8 @@ def cells(rows: Sequence[Row]) -> list[Cell]:
             raise BadInput(f"{method} answered a sample of {task} at {length} in run {run!r} more than once: keep one")
         beside = [full[run, task, length, r.sample] for r in group]
         a, b = [r.score for r in group], [r.score for r in beside]
-        out.append(Cell(tuple(group), tuple(beside), mean(a), sum(b) / len(b), retention(a, b),
-                        retention(a, b, answered=True)))
+        out.append(Cell(tuple(group), tuple(beside), sum(a) / len(a), sum(b) / len(b), retention(a, b),
+                        retention(a, b, answered=True, resamples=0).value))
     return out
 
 

@@ -28,7 +28,7 @@ class Estimate:
 def retention(method: Scores, full: Scores, *, answered: bool = False, level: float = 0.95, resamples: int = 2000,
               seed: int = 0) -> Estimate:
     """Mean score of a method over mean score of full attention on the same samples, with a percentile bootstrap
-    interval in which both scores of a sample are drawn together.
+    interval in which both scores of a sample are drawn together (resamples=0: without one).
 
     answered: over the samples only that full attention scores above 0 on, which says what reuse loses of what there
     was to lose. NaN without such a sample.
@@ -60,7 +60,7 @@ def _interval(data, statistic, level: float, resamples: int, seed: int) -> Estim
 
     n = len(data[0])
     value = float(statistic(*data))
-    if n < 2:
+    if n < 2 or not resamples:
         return Estimate(value, float("nan"), float("nan"), n)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # it is about resamples that nanquantile leaves out

@@ -36,13 +36,18 @@ def rows(run="r1", lengths=(4096, 8192)):
     return out
 
 
+@pytest.fixture(scope="module")
+def made():
+    return cells(rows())
+
+
 def of(made, method, ratio=None, task="vt", length=4096):
     return next(c for c in made if (c.first.method, c.first.ratio, c.first.task, c.first.length)
                 == (method, ratio, task, length))
 
 
-def test_a_line_has_the_keys_and_numbers_of_its_rows():
-    line = of(cells(rows()), "cacheclip", 0.2).to_dict()
+def test_a_line_has_the_keys_and_numbers_of_its_rows(made):
+    line = of(made, "cacheclip", 0.2).to_dict()
     assert list(line) == KEYS
     assert (line["n"], line["score"], line["full_score"]) == (10, 0.8, 0.9)
     assert line["retention"] == pytest.approx(8 / 9, abs=1e-6)
@@ -51,8 +56,8 @@ def test_a_line_has_the_keys_and_numbers_of_its_rows():
     assert line["realised_ratio"] == pytest.approx(0.21)
 
 
-def test_full_attention_retains_itself():
-    line = of(cells(rows()), "full").to_dict()
+def test_full_attention_retains_itself(made):
+    line = of(made, "full").to_dict()
     assert (line["retention"], line["ci_low"], line["ci_high"], line["kl_first_token"]) == (1, 1, 1, None)
 
 
@@ -92,8 +97,9 @@ def test_a_sample_without_full_attentions_answer_or_answered_twice_is_refused():
         cells([*rows(), rows()[1]])
 
 
-@pytest.fixture
-def written(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("written")
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(r.to_json() + "\n" for r in rows()), encoding="utf-8")
     return source, report.write([source], tmp_path / "results" / "quality")
@@ -103,14 +109,16 @@ def test_rows_survive_the_file(written):
     assert read_rows([written[0]]) == rows()
 
 
-def test_results_of_other_runs_stay_and_those_of_this_one_are_replaced(written, tmp_path):
-    source, (results, *_) = written
-    before = results.read_text()
-    report.write([source], tmp_path / "results" / "quality")
-    assert results.read_text() == before
-    source.write_text("".join(r.to_json() + "\n" for r in rows(run="r2")), encoding="utf-8")
-    report.write([source], tmp_path / "results" / "quality")
-    assert results.read_text().startswith(before) and results.read_text().count("\n") == 2 * before.count("\n")
+def test_results_of_other_runs_stay_and_those_of_this_one_are_replaced(written, made, tmp_path):
+    kept = written[1][0].read_text().splitlines()
+    other = tmp_path / "quality.jsonl"
+    other.write_text("".join(line.replace('"r1"', '"r0"') + "\n" + line + "\n" for line in kept))
+    lines = report.merged(other, made)
+    assert [line["run"] for line in lines] == ["r0"] * len(kept) + ["r1"] * len(kept)
+    assert [json.dumps(line) for line in lines[len(kept):]] == kept
+    other.write_text("[]\n")
+    with pytest.raises(BadInput, match="isn't a file of results"):
+        report.merged(other, made)
 
 
 def test_the_same_rows_give_the_same_bytes(written, tmp_path):

@@ -40,6 +40,18 @@ def test_the_gold_chunk_holds_the_answer_and_facts_point_to_it(ordered, name):
 
 
 @pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("cut", ["fact", "answer"])
+def test_a_cut_leaves_no_chunk_with_a_whole_fact_or_answer(ordered, name, cut):
+    for sample, whole in zip(ordered(name, cut=cut), ordered(name), strict=True):
+        assert sample.text == whole.text and len(sample.context) > len(whole.context)
+        start, end = sample.meta["facts"][-1]
+        fact = sample.text[len(sample.instructions) :][start:end]
+        pieces = [sample.context[i] for i in sample.meta["gold"]]
+        assert not any(fact in piece for piece in pieces)
+        assert cut == "fact" or not any(sample.references[0].lower() in piece.lower() for piece in pieces)
+
+
+@pytest.mark.parametrize("name", LOCAL)
 def test_the_splits_share_no_question_whatever_the_seed(ordered, name):
     tune, report = ({s.question for s in ordered(name, split=split, seed=seed)} for split, seed in
                     (("tune", 0), ("report", 5)))
@@ -153,9 +165,9 @@ def test_the_real_files_load_whole(name, file, count, chunks):
     path = Path(os.environ.get("CACHECLIP_EVAL_DATA", "eval-data")) / file
     if not path.exists():
         pytest.skip(f"{path} isn't there: set CACHECLIP_EVAL_DATA to the folder that holds it")
-    made = [s for split in ("tune", "report") for s in make(name, tokenizer_spans=spans, data=path, split=split)]
+    tune, report = (make(name, tokenizer_spans=spans, data=path, split=split) for split in ("tune", "report"))
+    made = tune + report
     assert len(made) == count
-    tuned = len(make(name, tokenizer_spans=spans, data=path, split="tune"))
-    assert abs(tuned - count / 2) < 3 * (count / 4) ** 0.5  # a fair coin's three standard deviations
+    assert abs(len(tune) - count / 2) < 3 * (count / 4) ** 0.5  # a fair coin's three standard deviations
     assert max(len(s.context) for s in made) == chunks
     assert len({s.id for s in made}) == count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from cacheclip_jax.errors import BadInput
@@ -51,10 +51,29 @@ def middle(text: str, spans: Spans, fact: Range) -> int:
 def cut_windows(text: str, spans: Spans, size: int, cut: Cut, facts: Sequence[Range], answers: Sequence[Range]
                 ) -> tuple[str, ...]:
     """Windows of a text that holds facts; `cut` puts a boundary through every fact, or through every answer in one."""
+    return windows(text, spans, size, [middle(text, spans, f) for f in _chosen(cut, facts, answers)])
+
+
+def cut_chunks(chunks: Sequence[str], spans: Spans, cut: Cut, facts: Sequence[Range], answers: Sequence[Range]
+               ) -> tuple[str, ...]:
+    """Chunks that are there already, further cut through every fact, or through every answer (ranges of the joined
+    text).
+    """
+    text = "".join(chunks)
+    edges = {0, *accumulate(map(len, chunks))} | {middle(text, spans, f) for f in _chosen(cut, facts, answers)}
+    return tuple(text[a:b] for a, b in pairwise(sorted(edges)))
+
+
+def _chosen(cut: Cut, facts: Sequence[Range], answers: Sequence[Range]) -> Sequence[Range]:
     if cut not in (None, "fact", "answer"):
         raise BadInput(f"cut={cut!r}: choose fact, answer or None")
-    chosen = {None: (), "fact": facts, "answer": answers}[cut]
-    return windows(text, spans, size, [middle(text, spans, f) for f in chosen])
+    return {None: (), "fact": facts, "answer": answers}[cut]
+
+
+def holding(chunks: Sequence[str], facts: Sequence[Range]) -> list[int]:
+    """The chunks that a fact lies in, or part of one, by index."""
+    edges = [0, *accumulate(map(len, chunks))]
+    return [i for i, (a, b) in enumerate(pairwise(edges)) if any(start < b and a < end for start, end in facts)]
 
 
 def pieces(text: str, heading: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from cacheclip_jax.errors import BadInput
-from eval.tasks.chunk import Cut, Range, cut_windows
+from eval.tasks.chunk import Cut, Range, cut_windows, holding
 from eval.tasks.fit import largest_fit
 from eval.tasks.haystack import NOISE, first_words, natural_words, sentences
 from eval.tasks.sample import Order, Sample
@@ -95,12 +95,12 @@ def _builder(order: Order, number: int, haystack: Hay, words: tuple[str, ...], k
         facts = [_find(text, needle) for needle in asked_needles]
         values_at = [(b - 1 - len(v), b - 1) for (_, b), v in
                      ((f, text[f[0] : f[1]].rsplit(" ", 1)[1][:-1]) for f in facts)]
+        context = cut_windows(text, order.spans, chunk_tokens, cut, facts, values_at)
         return Sample(
-            id=f"{order.task}/{order.length}/{number}", task=order.task, instructions=head,
-            context=cut_windows(text, order.spans, chunk_tokens, cut, facts, values_at), question=question,
-            answer_prefix=prefix, references=wanted, metric="string_match_all", max_new_tokens=128,
+            id=f"{order.task}/{order.length}/{number}", task=order.task, instructions=head, context=context,
+            question=question, answer_prefix=prefix, references=wanted, metric="string_match_all", max_new_tokens=128,
             meta={"depth": round(100 * facts[0][0] / len(text), 1), "facts": [list(f) for f in facts],
-                  "seed": number, "cut": cut, "length": order.length})
+                  "gold": holding(context, facts), "seed": number, "cut": cut, "length": order.length})
 
     return build
 

@@ -1,6 +1,7 @@
 """Questions over passages: RULER's qa_1 and qa_2, and MuSiQue, 2WikiMQA, HotpotQA, NQ and SQuAD from local files.
 
-Chunks are passages, one each. RULER numbers its documents, so a document's text depends on its place; the other sets
+Chunks are passages, one each; `cut="fact"` makes two of every gold passage, `cut="answer"` cuts it where its first
+answer stands. RULER numbers its documents, so a document's text depends on its place; the other sets
 leave the number out, as retrieval does, and ask in LongBench's words.
 """
 
@@ -8,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count as count_from
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from cacheclip_jax.errors import BadInput
+from eval.tasks.chunk import Cut, Range, cut_chunks, holding
 from eval.tasks.fit import largest_fit
 from eval.tasks.layouts import Question
 from eval.tasks.sample import Order, Sample
@@ -44,7 +46,7 @@ PLAIN = Style(f"{_ASK.format('passages')}\n\nThe following are given passages.\n
               f"{_ASK.format('passages')}\n\nQuestion: {{query}}\nAnswer:", "", "f1")
 
 
-def make_ruler(order: Order, reader: Reader) -> list[Sample]:
+def make_ruler(order: Order, reader: Reader, *, cut: Cut = None) -> list[Sample]:
     """As many documents as the order's length holds: the question's own, its article's others, then any, shuffled.
 
     Where RULER needs more documents than there are it repeats them, and so does this. Below ten documents RULER fails;
@@ -56,7 +58,7 @@ def make_ruler(order: Order, reader: Reader) -> list[Sample]:
     def build(q: Question, n: int) -> Sample:
         rng = random.Random(f"{order.task}:{order.seed}:{q.text}")
         ranked = [(rng.random(), text) for text in islice(_by_need(q, pool, rng), n)]
-        return _sample(order, q, [text for _, text in sorted(ranked)], RULER, {})
+        return _sample(order, q, [text for _, text in sorted(ranked)], RULER, cut, {})
 
     return [largest_fit(partial(build, q), lambda s: s.tokens(order.spans), order.limit, max(1, len(q.gold)))
             for q in choose(questions, lambda q: q.text, order.split, order.seed, order.count)]
@@ -72,7 +74,8 @@ def _by_need(q: Question, pool: Sequence[str], rng: random.Random) -> Iterator[s
         yield from pool
 
 
-def make_given(order: Order, reader: Reader, *, passages: int | None = None) -> list[Sample]:
+def make_given(order: Order, reader: Reader, *, passages: int | None = None, cut: Cut = None
+               ) -> list[Sample]:
     """The file's passages in the file's order; `passages`, and a length if there is one, keep the first of them,
     counting those with the answer first.
     """
@@ -81,14 +84,14 @@ def make_given(order: Order, reader: Reader, *, passages: int | None = None) -> 
 
     def build(q: Question, n: int) -> Sample:
         ranked = [*q.gold, *(i for i in range(len(q.passages)) if i not in q.gold)]
-        return _sample(order, q, [q.passages[i] for i in sorted(ranked[:n])], PLAIN, {})
+        return _sample(order, q, [q.passages[i] for i in sorted(ranked[:n])], PLAIN, cut, {})
 
     return [_fitted(order, partial(build, q), 1, min(passages or len(q.passages), len(q.passages)))
             for q in choose(reader(order.source), lambda q: q.text, order.split, order.seed, order.count)]
 
 
-def make_open(order: Order, reader: Reader, *, distractors: int | None = None, position: str | float = "random"
-              ) -> list[Sample]:
+def make_open(order: Order, reader: Reader, *, distractors: int | None = None, position: str | float = "random",
+              cut: Cut = None) -> list[Sample]:
     """The question's passage among other questions' passages, `distractors` of them, or as many as the length holds.
 
     position: of the right passage, "first", "middle", "last", "random", or 0 to 1 from front to back. A distractor
@@ -115,7 +118,8 @@ def make_open(order: Order, reader: Reader, *, distractors: int | None = None, p
         def build(n: int) -> Sample:
             texts = usable[: n - 1]
             at = min(int(float(place) * (len(texts) + 1)), len(texts))
-            return _sample(order, q, [*texts[:at], q.passages[0], *texts[at:]], PLAIN, {"position": position})
+            return _sample(order, q, [*texts[:at], q.passages[0], *texts[at:]], PLAIN, cut,
+                           {"position": position})
 
         return build
 
@@ -129,20 +133,25 @@ def _fitted(order: Order, build: Callable[[int], Sample], low: int, high: int) -
     return largest_fit(build, lambda s: s.tokens(order.spans), order.limit, low, high)
 
 
-def _sample(order: Order, q: Question, texts: list[str], style: Style, meta: dict[str, Any]) -> Sample:
+def _sample(order: Order, q: Question, texts: list[str], style: Style, cut: Cut, meta: dict[str, Any]) -> Sample:
     gold_texts = {q.passages[i] for i in q.gold}
-    context = tuple(style.passage.replace("{i}", str(i)).replace("{text}", text)
-                    for i, text in zip(count_from(1), texts, strict=False))
-    gold = [i for i, text in enumerate(texts) if text in gold_texts]
-    starts = [sum(map(len, context[:i])) for i in gold]
-    total = sum(map(len, context))
-    facts = [[start, start + len(context[i])] for start, i in zip(starts, gold, strict=True)]
+    whole = [style.passage.replace("{i}", str(i + 1)).replace("{text}", text) for i, text in enumerate(texts)]
+    starts = [0, *accumulate(map(len, whole))]
+    facts = [(starts[i], starts[i + 1]) for i, text in enumerate(texts) if text in gold_texts]
+    context = cut_chunks(whole, order.spans, cut, facts, _answers("".join(whole), facts, q.answers))
     return Sample(
         id=f"{order.task}/{order.length}/{question_id(q.text + q.passages[0] + q.meta.get('source', ''))}",
         task=order.task, instructions=style.head, context=context, question=style.question.replace("{query}", q.text),
         answer_prefix=style.prefix, references=q.answers, metric=style.metric, max_new_tokens=style.max_new_tokens,
-        meta={**q.meta, **meta, "gold": gold, "facts": facts, "length": order.length,
-              "depth": round(100 * starts[0] / total, 1) if gold else None})
+        meta={**q.meta, **meta, "gold": holding(context, facts), "facts": [list(f) for f in facts], "cut": cut,
+              "length": order.length, "depth": round(100 * facts[0][0] / starts[-1], 1) if facts else None})
+
+
+def _answers(text: str, facts: Sequence[Range], answers: Sequence[str]) -> list[Range]:
+    """Where a fact first names an answer of two characters or more, case aside; facts that don't are left out."""
+    pattern = "|".join(re.escape(a) for a in answers if len(a) > 1)
+    found = (re.compile(pattern, re.IGNORECASE).search(text, start, end) for start, end in facts) if pattern else ()
+    return [m.span() for m in found if m]
 
 
 def question_id(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 
 from cacheclip_jax.errors import BadInput
+from eval.tasks.chunk import Cut, cut_chunks, holding
 from eval.tasks.fit import largest_fit
 from eval.tasks.layouts import read_records
 from eval.tasks.reading import question_id
@@ -18,11 +19,13 @@ HEAD = "Extract the value corresponding to the specified key in the JSON object 
 QUESTION = 'Key: "{key}"\nCorresponding value:'
 
 
-def make(order: Order, *, records: int | None = None, position: float | None = None, window: int = 8) -> list[Sample]:
+def make(order: Order, *, records: int | None = None, position: float | None = None, window: int = 8,
+         cut: Cut = None) -> list[Sample]:
     """A file's rows, each a JSON object of `records` records (None: all), the right one among them; a length keeps as
     many as fit.
 
     position: of the right record, 0 to 1 (None: as in the file, if all are kept, else drawn). window: records a chunk.
+    cut: "fact" ends a chunk within the right record, "answer" within its value.
     """
     if window < 1 or (records is not None and records < 1):
         raise BadInput(f"window={window}, records={records}: 1 or more each")
@@ -43,11 +46,14 @@ def make(order: Order, *, records: int | None = None, position: float | None = N
             context = ["".join(lines[i : i + window]) for i in range(0, n, window)]
             context[-1] += "\n"
             start = sum(map(len, lines[:at]))
+            fact = (start, start + len(lines[at]))
+            found = "".join(context).index(value, start + lines[at].index('": "'))
+            chunks = cut_chunks(context, order.spans, cut, [fact], [(found, found + len(value))])
             return Sample(
                 id=f"{order.task}/{order.length}/{question_id(key)}", task=order.task, instructions=HEAD,
-                context=tuple(context), question=QUESTION.format(key=key), answer_prefix="", references=(value,),
+                context=chunks, question=QUESTION.format(key=key), answer_prefix="", references=(value,),
                 metric="string_match_all", max_new_tokens=64,
-                meta={"gold": [at // window], "facts": [[start, start + len(lines[at])]], "records": n,
+                meta={"gold": holding(chunks, [fact]), "facts": [list(fact)], "records": n, "cut": cut,
                       "depth": round(100 * start / sum(map(len, context)), 1), "length": order.length})
 
         high = min(records or len(pairs), len(pairs))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from cacheclip_jax.errors import BadInput
-from eval.tasks.chunk import Cut, cut_windows
+from eval.tasks.chunk import Cut, cut_windows, holding
 from eval.tasks.fit import largest_fit
 from eval.tasks.haystack import NOISE
 from eval.tasks.sample import Order, Sample
@@ -67,13 +67,13 @@ def _builder(order: Order, number: int, example: str, chains: int, hops: int, ch
             facts.append((start, start + len(line.strip())))
         answers = [(a + len("VAR "), a + len("VAR ") + len(name))
                    for (a, _), name in zip(facts, names[0], strict=True)]
+        context = cut_windows(text, order.spans, chunk_tokens, cut, facts, answers)
         return Sample(
-            id=f"{order.task}/{order.length}/{number}", task=order.task, instructions=example + HEAD,
-            context=cut_windows(text, order.spans, chunk_tokens, cut, facts, answers),
+            id=f"{order.task}/{order.length}/{number}", task=order.task, instructions=example + HEAD, context=context,
             question=QUESTION.format(value=value), answer_prefix=PREFIX.format(value=value, n=hops + 1),
             references=tuple(names[0]), metric="string_match_all", max_new_tokens=30,
             meta={"depth": round(100 * facts[0][0] / len(text), 1), "facts": [list(f) for f in facts],
-                  "seed": number, "cut": cut, "length": order.length})
+                  "gold": holding(context, facts), "seed": number, "cut": cut, "length": order.length})
 
     return build
 
