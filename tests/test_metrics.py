@@ -1,7 +1,7 @@
 """Metrics against cases computed by hand."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput
@@ -92,6 +92,7 @@ def test_unknown_metrics_and_classification_without_classes_are_refused():
         metrics.score("retrieval", "a", ["seven"])
 
 
+@settings(deadline=None)  # the first example imports the libraries
 @given(st.text(max_size=40), st.lists(st.text(max_size=40), max_size=3))
 def test_every_score_lies_between_0_and_1(prediction, references):
     for metric in ("string_match_all", "string_match_part", "exact_match", "f1", "code_similarity", "count"):

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput
@@ -21,8 +21,10 @@ def test_questions_fall_about_half_into_each_split():
 
 def test_the_half_of_a_question_never_changes():
     # Pinned: what was tuned on must stay out of reports, whatever becomes of the code.
-    assert [half(q) for q in ("Who wrote Hamlet?", "who  wrote hamlet?", "Where was Łukasz born?", "")] == [
-        "report", "report", "report", "report"]
+    pinned = {"Who wrote Hamlet?": "report", "who  wrote hamlet?": "report", "Where was Łukasz born?": "report",
+              "Who keeps the north light?": "report", "0": "report", "1": "report", "2": "tune", "3": "report",
+              "4": "tune", "5": "tune"}
+    assert {q: half(q) for q in pinned} == pinned and set(pinned.values()) == {"tune", "report"}
 
 
 def test_the_halves_share_no_question_and_make_up_all():
@@ -60,6 +62,7 @@ def test_seeds_out_of_range_are_refused(split, seed, count):
         seed_numbers(split, seed, count)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200), st.integers(1, 20), st.lists(st.integers(0, 200), max_size=4))
 def test_windows_tile_the_text_and_hold_at_most_their_size(text, size, cuts):
     cuts = [c for c in cuts if c <= len(text)]
@@ -89,6 +92,7 @@ def test_pieces_begin_at_headings_and_lose_nothing():
     assert pieces(text, r"Passage \d+:") == ("Intro. Passage 1:\nA\n\n", "Passage 2:\nB")
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab ", min_size=1, max_size=30), max_size=12), st.integers(1, 30))
 def test_packing_keeps_the_text_and_the_limit(parts, size):
     chunks = packed(parts, spans, size)
@@ -96,6 +100,7 @@ def test_packing_keeps_the_text_and_the_limit(parts, size):
     assert all(c in parts or len(spans(c)) <= size + len(parts) for c in chunks)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000), st.integers(0, 400), st.integers(1, 60))
 def test_the_largest_fit_is_the_one_that_trying_them_all_finds(limit, base, slope):
     def tokens(n: int) -> int:
