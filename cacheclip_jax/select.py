@@ -87,8 +87,8 @@ def select_on_device(scores: np.ndarray | jax.Array, chunk_lengths: Sequence[int
     """Which of the context's tokens to recompute, without waiting for the scores.
 
     `scores` has one non-negative number per context token, chunks one after another; on device they are followed by
-    anything up to `bucket(context tokens)`, so that what follows compiles once for it. Groups never cross a chunk. With `Groups` the mask holds at most one group more than the budget asks for; with
-    `Windows` it may hold more or less.
+    anything up to `bucket(context tokens)`, so that what follows compiles once for it. Groups never cross a chunk. With
+    `Groups` the mask holds at most one group more than the budget asks for; with `Windows` it may hold more or less.
     """
     total = sum(chunk_lengths)
     if len(scores) < total:
