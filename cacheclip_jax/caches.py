@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from cacheclip_jax.clock import Clock
+from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.encode import encode_many, encode_prefix, no_prefix
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, StoreError
-from cacheclip_jax.host import HostTier, Staging
+from cacheclip_jax.host import HostTier, Key, Staging
 from cacheclip_jax.loader import InMemory, Source
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.tokenizer import Encoded
@@ -52,6 +53,7 @@ class ChunkCaches:
         self.store = store
         self.host = host
         self.staging = Staging(replicated(model.params.embed.sharding))
+        self.tier: DeviceTier | None = None  # of recently used chunks on the device; the engine sets it
         self.format = prompt_format
         self.prefix_ids = prompt_format.prefix_ids(model.tokenizer)
         self.pair: Sequence[ChunkCaches] = (self,)  # the models that share the store on purpose
@@ -122,7 +124,7 @@ class ChunkCaches:
         for i, passage in enumerate(passages):
             if wanted is not None and not wanted[i]:
                 continue
-            if (kv := self.host.get(self._key(space, passage))) is not None:
+            if (kv := self.host.get(self.key(behind, passage))) is not None:
                 out.sources[i] = InMemory(kv)
                 out.hits += 1
             else:
@@ -135,7 +137,7 @@ class ChunkCaches:
                 missing.append(i)
             else:
                 out.hits += 1
-                out.sources[i] = Stored(read, partial(self.host.put, self._key(space, passages[i])))
+                out.sources[i] = Stored(read, partial(self.host.put, self.key(behind, passages[i])))
         if missing:
             ours = {c.space(b).key for c in self.pair for b in ("shared", "none")}
             if (why := self.store.explain_miss(space, ours)) is not None:
@@ -154,7 +156,7 @@ class ChunkCaches:
         fetched.hits, fetched.misses = fetched.hits - 1, fetched.misses + 1
         fetched.repaired.append(passage.id)
         fetched.warnings.append(f"{error}; encoded anew from its text")
-        self.host.drop(self._key(space, passage))
+        self.host.drop(self.key(behind, passage))
         with suppress(StoreError):  # the write that follows reports a store that can't be written
             self.store.discard(space, self.encoded(passage).ids)
         return self._make([index], passages, behind, fetched)[passage.id]
@@ -162,7 +164,6 @@ class ChunkCaches:
     def _make(self, indices: Sequence[int], passages: Sequence[Passage], behind: Behind, out: Fetched
               ) -> dict[str, Source]:
         """Encode passages; keep them in host memory and, as far as it can be written, in the store."""
-        space = self.space(behind)
         by_id = {passages[i].id: passages[i] for i in indices}
         made: dict[str, Source] = {}
         try:
@@ -173,7 +174,7 @@ class ChunkCaches:
             writable = False
         for passage, kv in self.encode(list(by_id.values()), behind):
             made[passage.id] = InMemory(kv)
-            self.host.put(self._key(space, passage), kv)
+            self.host.put(self.key(behind, passage), kv)
             if not writable:
                 continue
             try:
@@ -183,7 +184,9 @@ class ChunkCaches:
                 writable = False
         return made
 
-    def _key(self, space: Space, passage: Passage) -> tuple[str, str]:
+    def key(self, behind: Behind, passage: Passage) -> Key:
+        """What a chunk's cache is called: its space and its own key."""
+        space = self.space(behind)
         return space.key, space.chunk_key(self.encoded(passage).ids)
 
     def write(self, passage: Passage, behind: Behind, kv: np.ndarray):

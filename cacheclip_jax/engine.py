@@ -17,39 +17,30 @@ from jax.sharding import Mesh
 
 from cacheclip_jax import compiles
 from cacheclip_jax.answer import Result
-from cacheclip_jax.assemble import KVCache, placement
+from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
-from cacheclip_jax.caches import Behind, ChunkCaches, Fetched
+from cacheclip_jax.caches import ChunkCaches, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.decode import Sampling, TextStream
+from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.documents import Document, split
 from cacheclip_jax.errors import BadInput, ContextTooLong
-from cacheclip_jax.host import HostTier, platform_of
-from cacheclip_jax.loader import InMemory, LayerLoader, Source
+from cacheclip_jax.feed import Feed
+from cacheclip_jax.host import HostTier
 from cacheclip_jax.methods import Method, Plan, Request, make, takes_budget
 from cacheclip_jax.methods.method import Scores
 from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.tokenizer import nfc
+from cacheclip_jax.online import full_prefill, padded, question_scores, repair
 from cacheclip_jax.prompt import Prompt, PromptFormat
-from cacheclip_jax.recompute import (
-    choose_rows,
-    continuation_logits,
-    embed_rows,
-    fresh_span,
-    last_logits,
-    recompute,
-    reuse_span,
-)
+from cacheclip_jax.recompute import continuation_logits, recompute
 from cacheclip_jax.retrieve import Retriever
-from cacheclip_jax.score import Scoring, context_scores, map_scores, score, score_span
+from cacheclip_jax.score import Scoring, context_scores, map_scores
 from cacheclip_jax.select import Budget
 from cacheclip_jax.store import ChunkStore, Passage, is_chunk_id
 from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
 
 HOST_BYTES = 4 << 30
-LAYERS_PER_PROGRAM = 2  # of the primary on an accelerator: the first ones start when two layers' caches are there
-SCORED_LAYERS = 6  # the same of the aux model, whose few rows take less time than a program's dispatch
-LAYERS_AHEAD = 8
 Chunk = str | Passage
 
 
@@ -96,11 +87,13 @@ class CacheClip:
 
     def __init__(self, primary: Model, aux: Model | None, store: ChunkStore, *,
                  prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008 (frozen)
-                 host_bytes: int = HOST_BYTES):
+                 host_bytes: int = HOST_BYTES, device_bytes: int = 0):
         self.store = store
         self.host = HostTier(host_bytes)
         self.primary = ChunkCaches(primary, store, prompt_format, self.host)
         self.aux = ChunkCaches(aux, store, prompt_format, self.host) if aux is not None else None
+        if device_bytes:
+            self._keep_on_device(device_bytes)
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="cacheclip")
         for caches in (pair := self._models()):
             caches.pair = pair
@@ -114,7 +107,7 @@ class CacheClip:
     def load(cls, primary: str | Path, aux: str | Path | None = None, store: str | Path = "cacheclip-store", *,
              dtype: str = "bfloat16", aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
              prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008
-             host_bytes: int = HOST_BYTES) -> CacheClip:
+             host_bytes: int = HOST_BYTES, device_bytes: int = 0) -> CacheClip:
         """Load both models and open (or make) a store.
 
         Args:
@@ -126,6 +119,7 @@ class CacheClip:
           mesh: splits the primary over its axis "model".
           host_bytes: how many bytes of chunk caches stay in host memory, for both models; 0 reads every one from the
             store.
+          device_bytes: how many bytes of chunk caches stay on the device, for both models; none by default.
 
         Raises UnsupportedModel, BadModelFile or StoreError, each saying what to do.
         """
@@ -140,7 +134,15 @@ class CacheClip:
             small_mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("model",)) if cpu else mesh
             same = str(aux) == str(primary) and small_mesh is mesh
             small = big if same else load_model(aux, dtype=dtype, mesh=small_mesh)
-        return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context, host_bytes=host_bytes)
+        return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context, host_bytes=host_bytes,
+                   device_bytes=device_bytes)
+
+    def _keep_on_device(self, limit_bytes: int) -> None:
+        """Give both models tiers on their devices that hold about as many tokens each."""
+        sizes = [c.model.config.kv_values_per_token for c in self._models()]
+        for caches, size in zip(self._models(), sizes, strict=True):
+            caches.tier = DeviceTier(caches.model.config, limit_bytes * size // sum(sizes), caches.dtype,
+                                     caches.staging.sharding)
 
     # ---------------------------------------------------------------- index
 
@@ -259,14 +261,12 @@ class CacheClip:
         slots = bucket(len(prompt.ids) + reserve + DECODE_STEPS, 256)
         fetched = Fetched(warnings=[f"{n} wasn't used: the method {method.name} recomputes a fixed share"
                                     for n in unused])
-        loading: list[LayerLoader] = []
+        feeds: list[Feed] = []
 
-        def load(after: LayerLoader | None = None, wanted: Sequence[bool] | None = None) -> None:
-            if method.caches is None or loading:
-                return
-            found = self.primary.fetch(chosen, method.caches, clock, wanted)
-            loading.append(self._loader(self.primary, chosen, prompt.chunk_lengths, method.caches, found, fetched,
-                                        slots, self.primary.model.config.num_layers, after))
+        def load(after: Feed | None = None, wanted: Sequence[bool] | None = None) -> None:
+            if method.caches is not None and not feeds:
+                feeds.append(Feed(self.primary, chosen, prompt.chunk_lengths, method.caches, slots,
+                                  self.primary.model.config.num_layers, self._pool, clock, fetched, wanted, after))
 
         def aux_scores(scoring: Scoring) -> Scores:
             return self._aux_scores(chosen, question, prompt, scoring, fetched, clock, load)
@@ -274,15 +274,15 @@ class CacheClip:
         try:
             plan = method.plan(Request(prompt, aux_scores))
             if method.caches is None:
-                logits, cache = self._full(self.primary.model, prompt.ids, slots)
+                logits, cache = full_prefill(self.primary.model, prompt.ids, slots)
             else:
-                if not loading:
-                    mask = plan.fetched(prompt.context_tokens).recompute
-                    load(None, [not m.all() for m in np.split(mask, np.cumsum(prompt.chunk_lengths)[:-1])])
-                logits, cache = self._repair(prompt, plan, slots, loading[0], clock)
+                mask = plan.recompute
+                load(None, [not m.all() for m in np.split(mask, np.cumsum(prompt.chunk_lengths)[:-1])]
+                     if isinstance(mask, np.ndarray) else None)
+                logits, cache = repair(self.primary, prompt, plan, slots, feeds[0], clock)
         finally:
-            for loader in loading:
-                loader.stop()
+            for feed in feeds:
+                feed.stop()
         clock.watch("recompute", logits, "select")
         return Prefill(prompt, tuple(chosen), method.name, plan, logits, cache, fetched, clock, compiled)
 
@@ -310,7 +310,7 @@ class CacheClip:
         start = len(prefill.prompt.ids)
         if start + len(ids) > prefill.cache.slots:
             raise BadInput(f"{len(ids)} tokens don't fit the cache: prefill with reserve={len(ids)} or more")
-        rows, positions = _padded(ids, start + np.arange(len(ids)), minimum=16)
+        rows, positions = padded(ids, start + np.arange(len(ids)), minimum=16)
         model = self.primary.model
         return np.asarray(continuation_logits(model.params, model.config, rows, positions, prefill.cache,
                                               model.attention.name))[: len(ids)]
@@ -342,53 +342,26 @@ class CacheClip:
         except BadInput as e:
             raise BadInput(f"{e} If {id_or_text!r} is a text, pass Passage.make({id_or_text!r}).") from None
 
-    def _loader(self, caches: ChunkCaches, passages: Sequence[Passage], lengths: Sequence[int], behind: Behind,
-                found: Fetched, accounting: Fetched, slots: int, depth: int, after: LayerLoader | None = None
-                ) -> LayerLoader:
-        """Start to load a model's prefix and chunks, the first `depth` layers of them, to its device."""
-        accounting.absorb(found)
-        cfg = caches.model.config
-        prefix = caches.prefix_kv()
-        parts: list[tuple[Source | None, int]] = [(InMemory(prefix), prefix.shape[3])]
-        parts += zip(found.sources, lengths, strict=True)
-        per_token = 2 * cfg.num_kv_heads
-        return LayerLoader(
-            self._pool, caches.staging, parts, depth, per_token, (per_token * slots, cfg.head_dim), caches.dtype,
-            ahead=max(LAYERS_AHEAD, 2 * max(self._span(caches.model), SCORED_LAYERS)),
-            # Part 0 is the prefix, which is never damaged: it isn't stored.
-            repair=lambda index, error: caches.repair(passages, behind, accounting, index - 1, error), after=after)
-
-    @staticmethod
-    def _span(model: Model) -> int:
-        """Layers per compiled program: all where loading can't overlap with computing, few where it does."""
-        return model.config.num_layers if _on_cpu(model) else LAYERS_PER_PROGRAM
-
     def _aux_scores(self, passages: Sequence[Passage], question: str, prompt: Prompt, scoring: Scoring,
-                    accounting: Fetched, clock: Clock, started: Callable[[LayerLoader | None], None]) -> Scores:
-        """Scores of the primary's context tokens; calls `started` when the aux model's own loading is under way."""
+                    accounting: Fetched, clock: Clock, begun: Callable[[Feed | None], None]) -> Scores:
+        """Scores of the primary's context tokens; calls `begun` when the aux model's own loading is under way."""
         if self.aux is None:
             raise BadInput("the method cacheclip needs an aux model: load one with aux=..., or choose another method")
-        model, cfg = self.aux.model, self.aux.model.config
-        own, begun = self.aux.prompt(passages, question), time.perf_counter()
-        _check_length(own, 0, cfg.max_positions, f"the aux model {model.name}")
-        slots = bucket(len(own.ids), 256)
-        ids, positions = _padded(own.question, own.question_start + np.arange(len(own.question)), minimum=16)
-        last, how = np.int32(len(own.question) - 1), model.attention.name
-        if scoring.context == "joint":
-            started(None)
-            _, cache = self._full(model, own.ids[: own.question_start], slots)
-            scores = score(model.params, cfg, scoring, ids, positions, last, cache, how)
-        else:
-            fetched = self.aux.fetch(passages, "shared", clock)
-            depth = scoring.depth(cfg.num_layers)
-            loader = self._loader(self.aux, passages, own.chunk_lengths, "shared", fetched, accounting, slots, depth)
-            started(loader)
-            try:
-                scores = self._score_loading(model, scoring, ids, positions, last, own, slots, loader)
-            finally:
-                loader.stop()
-        clock.watch("score", scores, begun)
-        if self._one_tokenizer(own, prompt):
+        model, started = self.aux.model, time.perf_counter()
+        own = self.aux.prompt(passages, question)
+        _check_length(own, 0, model.config.max_positions, f"the aux model {model.name}")
+        slots, feed = bucket(len(own.ids), 256), None
+        if scoring.context == "cached":
+            feed = Feed(self.aux, passages, own.chunk_lengths, "shared", slots,
+                        scoring.depth(model.config.num_layers), self._pool, clock, accounting)
+        begun(feed)
+        try:
+            scores = question_scores(self.aux, own, scoring, slots, feed)
+        finally:
+            if feed is not None:
+                feed.stop()
+        clock.watch("score", scores, started)
+        if all(theirs.spans == ours.spans for theirs, ours in zip(own.chunks, prompt.chunks, strict=True)):
             return context_scores(scores, np.int32(len(own.prefix)), bucket(prompt.context_tokens))
         start, host = len(own.prefix), np.asarray(scores)
         mapped = []
@@ -398,81 +371,11 @@ class CacheClip:
         return np.concatenate(mapped)
 
     @staticmethod
-    def _one_tokenizer(own: Prompt, prompt: Prompt) -> bool:
-        return all(theirs.spans == ours.spans for theirs, ours in zip(own.chunks, prompt.chunks, strict=True))
-
-    def _score_loading(self, model: Model, scoring: Scoring, ids: np.ndarray, positions: np.ndarray, last: np.int32,
-                       own: Prompt, slots: int, loader: LayerLoader) -> jax.Array:
-        """`score` over chunk caches that are still arriving."""
-        cfg, on = model.config, self.aux.staging.sharding  # type: ignore[union-attr]
-        where = jax.device_put(placement(cfg, slots, [len(own.prefix), *own.chunk_lengths]), on)
-        positions, last, total = jax.device_put((positions, last, np.zeros(slots, np.float32)), on)
-        x = embed_rows(model.params, ids)
-        size = cfg.num_layers if _on_cpu(model) else SCORED_LAYERS
-        for start in range(0, loader.num_layers, size):
-            stop = min(start + size, loader.num_layers)
-            x, total = score_span(x, model.params.layers[start:stop], cfg, scoring, start, positions, last,
-                                  loader.take(start, stop), where, total, model.attention.name)
-            loader.computed([x] * (stop - start))
-        return total
-
-    def _repair(self, prompt: Prompt, plan: Plan, slots: int, loader: LayerLoader, clock: Clock
-                ) -> tuple[jax.Array, KVCache]:
-        """Push the plan's rows and the question through the primary, over caches that are still arriving."""
-        model, cfg, on = self.primary.model, self.primary.model.config, self.primary.staging.sharding
-        ids = np.zeros(slots, np.int32)
-        ids[: len(prompt.ids)] = prompt.ids
-        mask = plan.recompute
-        if isinstance(mask, np.ndarray):
-            mask = np.pad(mask, (0, bucket(len(mask)) - len(mask)))
-        count = bucket(plan.count() + len(prompt.question), 32, steps=16)
-        ids, mask = jax.device_put((ids, mask), on)
-        x, positions, last = choose_rows(model.params, ids, mask, np.int32(len(prompt.prefix)),
-                                         np.int32(prompt.question_start), np.int32(len(prompt.ids)), count)
-        clock.watch("select", positions, "score")
-        where = jax.device_put(placement(cfg, slots, [len(prompt.prefix), *prompt.chunk_lengths]), on)
-        caches: list = []
-        size = self._span(model)
-        for start in range(0, cfg.num_layers, size):
-            stop = min(start + size, cfg.num_layers)
-            rows = loader.take(start, stop)
-            x, done = reuse_span(x, model.params.layers[start:stop], cfg, positions, rows, where, model.attention.name)
-            loader.computed([k for k, _ in done])
-            caches += done
-        clock.watch("load", rows[-1])
-        return last_logits(model.params, cfg, x, last), KVCache(*zip(*caches, strict=True))
-
-    def _full(self, model: Model, ids: np.ndarray, slots: int) -> tuple[jax.Array, KVCache]:
-        """Full prefill of a model: the last token's logits, and the cache."""
-        cfg = model.config
-        padded, positions = _padded(ids, np.arange(len(ids)), steps=16)
-        x, size = embed_rows(model.params, padded), self._span(model)
-        caches: list = []
-        for start in range(0, cfg.num_layers, size):
-            x, done = fresh_span(x, model.params.layers[start : start + size], cfg, positions, slots,
-                                 model.attention.name)
-            caches += done
-        return last_logits(model.params, cfg, x, np.int32(len(ids) - 1)), KVCache(*zip(*caches, strict=True))
-
-    @staticmethod
     def rows(model: Model, ids: np.ndarray, positions: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Rows at sorted positions through a model, padded to their bucket; the last row's logits, the new cache."""
-        padded_ids, padded_positions = _padded(ids, positions)
+        padded_ids, padded_positions = padded(ids, positions)
         return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache,
                          model.attention.name)
-
-
-def _on_cpu(model: Model) -> bool:
-    return platform_of(model.params.embed.sharding) == "cpu"
-
-
-def _padded(ids: Sequence[int] | np.ndarray, positions: np.ndarray, minimum: int = 32, steps: int = 8
-            ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows padded to their bucket: ids with 0, positions with -1."""
-    size = bucket(len(ids), minimum, steps)
-    out_ids, out_positions = np.zeros(size, np.int32), np.full(size, -1, np.int32)
-    out_ids[: len(ids)], out_positions[: len(ids)] = ids, positions
-    return out_ids, out_positions
 
 
 def _check_length(prompt: Prompt, reserve: int, limit: int, who: str) -> None:

@@ -44,13 +44,13 @@ class LayerLoader:
 
     `parts` are (source, tokens); a source of None leaves its slots as they are, for tokens that are recomputed anyway.
     `ahead` layers at most lie on the device before their turn, which bounds what loading adds to its memory.
-    `repair(index, error)` gives a source instead of one that turned out damaged. `after` names a loader whose copies
-    go first.
+    `repair(index, error)` gives a source instead of one that turned out damaged. No copy is started
+    before `after` is set.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, staging: Staging, parts: Sequence[tuple[Source | None, int]],
                  num_layers: int, rows_per_token: int, shape: tuple[int, int], dtype: Any, ahead: int,
-                 repair: Callable[[int, ChunkCorrupt], Source], after: LayerLoader | None = None):
+                 repair: Callable[[int, ChunkCorrupt], Source], after: Event | None = None):
         self.num_layers = num_layers
         self.sent_all = Event()
         self._sources = [source for source, _ in parts]
@@ -104,7 +104,7 @@ class LayerLoader:
                 self._state.notify_all()
             self.sent_all.set()
 
-    def _coordinate(self, workers: int, after: LayerLoader | None) -> None:
+    def _coordinate(self, workers: int, after: Event | None) -> None:
         with self._staging.ring(self._shape, self._dtype) as ring:
             prepared = 0
             for layer in range(self.num_layers):
@@ -122,7 +122,7 @@ class LayerLoader:
                         raise self._error  # so that the ring, which a worker may still write to, isn't used again
                     buffer = self._buffers.pop(layer)
                 if after is not None:
-                    after.sent_all.wait()
+                    after.wait()
                     after = None
                 self._wait_for_turn(layer)
                 sent = buffer.send()
