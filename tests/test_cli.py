@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -592,20 +593,19 @@ def test_a_bad_tokenizer_config_is_one_line(ask, tmp_path):
 @contextmanager
 def unwritable() -> Iterator[None]:
     """Every write to a store fails as on a medium that is read-only."""
-    def refuse(self: Blobs, items) -> None:
-        for key, _ in items:
-            with translated("write", self.where(key)):
-                raise OSError("PERMISSION_DENIED: Failed to open: Read-only file system [os_error_code='30']")
+    def refuse(self: Blobs, key, parts) -> None:
+        with translated("write", self.where(key)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    with mock.patch.object(Blobs, "write_all", refuse):
+    with mock.patch.object(Blobs, "write_parts", refuse):
         yield
 
 
 def flip_a_byte(store: Path) -> None:
     """Damage one chunk cache's data."""
-    file = sorted(store.glob("kv/*/*/*/c.*"))[0]
+    file = sorted(store.glob("kv/*/*/*.kv"))[0]
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[-1] ^= 1
     file.write_bytes(data)
 
 
