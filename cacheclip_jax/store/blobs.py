@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,6 @@ class Blobs:
     url: str
     spec: dict
     context: ts.Context
-    kv: ts.KvStore
     files: Files | None
 
     @classmethod
@@ -76,15 +76,23 @@ class Blobs:
                     "memory://NAME, s3://BUCKET/PATH or gs://BUCKET/PATH."
                 )
         with translated("open", str(url)):
-            return cls(str(url), spec, context, ts.KvStore.open(spec, context=context).result(), files)
+            blobs = cls(str(url), spec, context, files)
+            return blobs if files else blobs._opened()
 
     def below(self, folder: str) -> Blobs:
         """The same place with every key below a folder."""
         spec = self.spec | {"path": f"{self.spec['path']}{folder}/"}
-        with translated("open", self.where(folder)):
-            kv = ts.KvStore.open(spec, context=self.context).result()
         files = self.files and self.files.below(folder)
-        return replace(self, url=self.where(folder), spec=spec, kv=kv, files=files)
+        return replace(self, url=self.where(folder), spec=spec, files=files)
+
+    @cached_property
+    def kv(self) -> ts.KvStore:
+        """The same as TensorStore sees it."""
+        return ts.KvStore.open(self.spec, context=self.context).result()
+
+    def _opened(self) -> Blobs:
+        assert self.kv is not None
+        return self
 
     @property
     def directory(self) -> Path | None:

@@ -145,8 +145,9 @@ class PendingKV:
 
     def result(self) -> Float[np.ndarray, "L 2 K C H"]:
         """Waits for all layers; raises as `layer` does."""
-        for layer in range(self._space.num_layers):
-            self.layer(layer)
+        if not self._layers or any(task.exception() is not None for task in self._layers):
+            for layer in range(self._space.num_layers):
+                self.layer(layer)
         assert self._out is not None and self._source is not None
         if not self._done:
             self._done = True

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import jax
 
 _WRITERS = 4
-_READERS = min(8, max(2, os.cpu_count() or 1))
+_READERS = min(8, max(4, os.cpu_count() or 1))
 _LIST = "`cacheclip store ls` lists the ids."
 
 
