@@ -113,13 +113,15 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
           store: StoreOption = STORE, primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX,
           chunk_tokens: Annotated[int, typer.Option(help="Longest passage, in tokens of the primary.")] = 256,
           overlap: Annotated[int, typer.Option(help="Tokens that a passage shares with the one before it.")] = 0,
+          replace: Annotated[bool, typer.Option("--replace", help="Passages take the place of what was indexed before "
+                                                "under the same document name, for readers in one step.")] = False,
           dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
     """Split documents into passages and store their caches. Run again after an interruption: it resumes."""
     from cacheclip_jax.documents import read_documents
     documents = list(read_documents(sources))
     _refuse_empty(documents, sources)
     clip = load(primary, aux, store, dtype)
-    report = index_with_progress(clip, documents, chunk_tokens, overlap)
+    report = index_with_progress(clip, documents, chunk_tokens, overlap, replace)
     if as_json:
         _print_json(dataclasses.asdict(report))
     else:
@@ -128,7 +130,7 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
                   f"({report.tokens / report.seconds:,.0f} tokens/s), {report.bytes / 1e9:.2f} GB", highlight=False)
 
 
-def index_with_progress(clip, documents, chunk_tokens: int, overlap: int = 0):
+def index_with_progress(clip, documents, chunk_tokens: int, overlap: int = 0, replace: bool = False):
     """`CacheClip.index` with documents, tokens/s, GB and the time left on stderr."""
     columns = (TextColumn("indexing"), BarColumn(), TextColumn("{task.completed}/{task.total} documents"),
                TextColumn("{task.fields[rate]:,.0f} tokens/s"), TextColumn("{task.fields[gb]:.2f} GB"),
@@ -143,7 +145,8 @@ def index_with_progress(clip, documents, chunk_tokens: int, overlap: int = 0):
             progress.update(task, advance=n if kind == "documents" else 0, gb=size / 1e9,
                             rate=tokens / (time.perf_counter() - started))
 
-        return clip.index(documents, chunk_tokens=chunk_tokens, overlap=overlap, progress=report)
+        return clip.index(documents, chunk_tokens=chunk_tokens, overlap=overlap, replace=replace,
+                          progress=report)
 
 
 # -------------------------------------------------------------------- ask
@@ -334,16 +337,27 @@ def store_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
 
 
 @store_app.command()
-def rm(ids: Annotated[list[str], typer.Argument(help="Passage ids, or their beginnings.")],
+def rm(ids: Annotated[list[str] | None, typer.Argument(help="Passage ids, or their beginnings.")] = None,
+       document: Annotated[list[str] | None, typer.Option("--document", "-d", help="A whole document, by the name that "
+                                                          "`store ls` shows; repeatable.")] = None,
        store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Remove passages and their chunk caches."""
+    """Remove passages or documents, and their chunk caches."""
+    if not (ids or document):
+        raise BadInput("there is nothing to remove: give passage ids or --document NAME, as `cacheclip store ls` shows")
     opened = _open(store)
-    whole_ids = {opened.resolve(id) for id in ids}
-    dropped = opened.remove(*whole_ids)
+    whole_ids = {opened.resolve(id) for id in ids or ()}
+    dropped, removed = 0, len(whole_ids)
+    for name in document or ():
+        if not (own := {p.id for p in opened.passages() if p.document == name}):
+            raise BadInput(f"{opened.url} has no document {name!r}: `cacheclip store ls` lists what it has")
+        dropped += opened.withdraw(name)
+        removed += len(own - whole_ids)
+        whole_ids -= own
+    dropped += opened.remove(*whole_ids) if whole_ids else 0
     if as_json:
-        _print_json({"passages": len(whole_ids), "chunks": dropped})
+        _print_json({"passages": removed, "chunks": dropped})
     else:
-        out.print(f"{len(whole_ids)} passages and {dropped} chunk caches removed", highlight=False)
+        out.print(f"{removed} passages and {dropped} chunk caches removed", highlight=False)
 
 
 @store_app.command()

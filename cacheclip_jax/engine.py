@@ -117,18 +117,20 @@ class CacheClip:
     # ---------------------------------------------------------------- index
 
     def index(self, items: Iterable[str | Document | Passage], *, chunk_tokens: int = 256, overlap: int = 0,
-              progress: Callable[[str, int], None] | None = None) -> IndexReport:
+              replace: bool = False, progress: Callable[[str, int], None] | None = None) -> IndexReport:
         """Split documents into passages, encode them with both models, store the caches.
 
         Texts and documents are split to `chunk_tokens` tokens of the primary; a Passage is taken as it is. What is in
         the store already is found, not made again, so an interrupted call resumes. `progress(kind, n)` hears of
-        "documents", "tokens", "bytes".
+        "documents", "tokens", "bytes". With `replace`, each document's passages take the place of those that an
+        earlier call stored under the same document name, in one step for readers; else they are added to them.
 
         Raises BadInput when there is nothing to index.
         """
         tell = progress or (lambda kind, n: None)
         started, documents, encoded, found, tokens, size = time.perf_counter(), 0, 0, 0, 0, 0
         ids: list[str] = []
+        replaced: set[str] = set()
         for passages, count in self._windows(items, chunk_tokens, overlap):
             documents += count
             ids += [p.id for p in passages]
@@ -144,6 +146,9 @@ class CacheClip:
                     tell("bytes", kv.nbytes)
                 for write in writes:
                     write.result()
+            names = {p.document for p in passages} - replaced if replace else set()
+            self.store.publish(passages, replace=names)
+            replaced |= names
             tell("documents", count)
         if not ids:
             raise BadInput("there is nothing to index: every document is empty")

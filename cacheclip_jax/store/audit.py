@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from cacheclip_jax.errors import BadInput, StoreError
-from cacheclip_jax.store import layout, maintain
+from cacheclip_jax.store import layout, maintain, versions
 from cacheclip_jax.store.chunkfile import checksum, head_bytes, stored_layer_bytes, unpack, unpack_for
 from cacheclip_jax.store.records import Entry, Passage, Space, text_id
 
@@ -70,6 +70,10 @@ def verify(
         else:
             problems.append(Problem("passage", layout.passage_file(id), str(passage), passage=id))
         step()
+    for file, version in versions.read(store):
+        if isinstance(version, ValueError):
+            message = f"A document's record is damaged ({version}): index the document again with --replace."
+            problems.append(Problem("document", file, message))
     known = dict(maintain.known_spaces(store, files))
     with _Notes(resume) as notes, ThreadPoolExecutor(workers) as pool:
         left = [file for file in chunks if file not in notes.whole]

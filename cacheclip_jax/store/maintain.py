@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cacheclip_jax.errors import StoreError
-from cacheclip_jax.store import layout
+from cacheclip_jax.store import layout, versions
 from cacheclip_jax.store.chunkfile import PRELUDE, head_bytes, unpack
 from cacheclip_jax.store.records import Entry, Passage, Space, text_id
 
@@ -171,6 +172,7 @@ def remove(store: ChunkStore, *passage_ids: str) -> int:
         if isinstance(entry, Entry) and entry.text not in kept and (entry.text in gone or entry.passage in ids):
             store.drop(entry.space, entry.chunk)
             dropped += 1
+    versions.forget(store, ids)
     for id in ids:
         store.blobs.delete(layout.passage_file(id))
     return dropped
@@ -180,9 +182,13 @@ def gc(store: ChunkStore, max_bytes: int, grace: float = 3600.0) -> GCReport:
     """Removes what nobody can use, then the oldest chunk caches until the rest is within `max_bytes`.
 
     Unusable are chunk caches with a damaged head or of an older layout, and what killed writers left: a write under
-    way holds a lock on its file, and where a file system has no locks it is spared for `grace` seconds. Passages
-    stay: a chunk that is asked for later is encoded again.
+    way holds a lock on its file, and where a file system has no locks it is spared for `grace` seconds. Passages of
+    documents' older versions go `grace` seconds after they were replaced, with their chunk caches. All other
+    passages stay: a chunk that is asked for later is encoded again.
     """
+    outdated = versions.outdated(store, store.passage_ids(all=True))
+    if past := [id for id, since in outdated.items() if abs(time.time() - since) > grace]:
+        store.remove(*past)
     files = store.blobs.list("kv/")
     found = list(_entries(store, files))
     broken = [file for file, entry in found if not isinstance(entry, Entry)]

@@ -102,6 +102,22 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Version:
+    """The passages that a document has now; none once it is withdrawn."""
+
+    document: str
+    passages: tuple[str, ...]
+    created: float
+
+    def to_json(self) -> bytes:
+        return seal(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Version:
+        return _parse(cls, unseal(data))
+
+
+@dataclass(frozen=True)
 class Entry:
     """What one committed chunk cache says of itself.
 

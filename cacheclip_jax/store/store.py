@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, ChunkUnreadable, StoreError
-from cacheclip_jax.store import audit, layout, maintain
+from cacheclip_jax.store import audit, layout, maintain, versions
 from cacheclip_jax.store.blobs import Blobs, translated
 from cacheclip_jax.store.chunkfile import head_bytes, pack, stored_layer_bytes, unpack_for
 from cacheclip_jax.store.metrics import Metrics
@@ -46,6 +46,7 @@ class ChunkStore:
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="chunk-writer")
         self._slots = BoundedSemaphore(2 * _WRITERS)
         self._known_spaces: set[str] = set()
+        self.document_of: dict[str, str] = {}  # of passages, which never change
 
     @classmethod
     def open(cls, url: str | Path, *, create: bool = True, kv: Kind = "exact", direct: bool = True) -> ChunkStore:
@@ -80,14 +81,17 @@ class ChunkStore:
         self.blobs.write_all((file, new[file]) for file, old in self.blobs.read_all(new) if old != new[file])
 
     def passage_ids(self, prefix: str = "", *, all: bool = False) -> list[str]:
+        """Ids that begin with `prefix`, without those of documents' older versions unless `all`."""
         files = self.blobs.list(layout.passage_stem(prefix))
-        return [match[1] for match in map(layout.PASSAGE.fullmatch, files) if match]
+        ids = [match[1] for match in map(layout.PASSAGE.fullmatch, files) if match]
+        old = {} if all else versions.outdated(self, ids)
+        return [id for id in ids if id not in old] if old else ids
 
     def resolve(self, prefix: str) -> str:
         """The one passage id that begins with `prefix`; raises BadInput when there is none or several."""
         if not is_chunk_id(prefix):
             raise BadInput(f"{prefix!r} is no passage id, which is {ID_DIGITS} digits of 0-9 and a-f: {_LIST}")
-        found = self.passage_ids(prefix)
+        found = self.passage_ids(prefix, all=True)
         if not found:
             raise BadInput(f"{self.url} has no passage {prefix}: {_LIST}")
         if len(found) > 1:
@@ -258,6 +262,9 @@ class ChunkStore:
         """Removes a chunk cache by its keys; who is reading it on a local disk can finish."""
         self.blobs.delete(layout.chunk_file(space, chunk))
 
+    publish = versions.publish
+    withdraw = versions.withdraw
+    versions = versions.versions
     spaces = maintain.spaces
     explain_miss = maintain.explain_miss
     entries = maintain.entries
