@@ -15,6 +15,7 @@ from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.store import ChunkStore, Passage, PendingKV, Space
+from cacheclip_jax.store.quantize import round_trip
 
 Behind = Literal["shared", "none"]
 
@@ -73,7 +74,7 @@ class ChunkCaches:
     def space(self, behind: Behind) -> Space:
         """The part of the store that holds this model's caches of chunks encoded behind the shared prefix, or alone."""
         cfg = self.model.config
-        return Space(model=self.model.fingerprint, model_name=self.model.name, dtype=self.dtype.name,
+        return Space(model=self.model.fingerprint, model_name=self.model.name, dtype=self.dtype.name, kv=self.store.kv,
                      prefix_ids=self.prefix_ids if behind == "shared" else (), num_layers=cfg.num_layers,
                      num_kv_heads=cfg.num_kv_heads, head_dim=cfg.head_dim)
 
@@ -168,9 +169,10 @@ class Fetch:
             out.warnings.append(str(e))
             writable = False
         for passage, kv in caches.encode([self.passages[i] for i in by_id.values()], self.behind):
+            as_stored = round_trip(space.kv, kv)  # so that the next answer is the same
             for i in indices:
                 if self.passages[i].id == passage.id:
-                    out.kv[i] = kv
+                    out.kv[i] = as_stored
             if not writable:
                 continue
             try:

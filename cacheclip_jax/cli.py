@@ -45,6 +45,8 @@ AuxOption = Annotated[str, typer.Option("--aux", envvar="CACHECLIP_AUX", metavar
 StoreOption = Annotated[str, typer.Option("--store", envvar="CACHECLIP_STORE", metavar="URL",
                                           help="Where chunk caches live: a path, or an s3:// or gs:// URL.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of weights and caches: bfloat16, float32 or float16.")]
+KvOption = Annotated[str, typer.Option("--kv", envvar="CACHECLIP_KV", metavar="KIND", help="How caches are stored: "
+                                       "exact, or int8 or fp8 (half the bytes). Ask as you indexed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 PRIMARY = "qwen2.5-coder-0.5b"
@@ -115,12 +117,12 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
           overlap: Annotated[int, typer.Option(help="Tokens that a passage shares with the one before it.")] = 0,
           replace: Annotated[bool, typer.Option("--replace", help="Passages take the place of what was indexed before "
                                                 "under the same document name, for readers in one step.")] = False,
-          dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
+          kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
     """Split documents into passages and store their caches. Run again after an interruption: it resumes."""
     from cacheclip_jax.documents import read_documents
     documents = list(read_documents(sources))
     _refuse_empty(documents, sources)
-    clip = load(primary, aux, store, dtype)
+    clip = load(primary, aux, store, dtype, kv)
     report = index_with_progress(clip, documents, chunk_tokens, overlap, replace)
     if as_json:
         _print_json(dataclasses.asdict(report))
@@ -168,7 +170,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         compare: Annotated[bool, typer.Option("--compare", help="Run full prefill too; both warmed up first.")] = False,
         explain: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page that marks what was "
                                                      "recomputed.")] = None,
-        dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
+        kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
     """Answer a question from stored passages."""
     from cacheclip_jax.decode import Sampling
     from cacheclip_jax.explain import write_explain_page
@@ -177,7 +179,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
     chosen = configured_method(method, ratio, tokens, mass, scoring)
     sampling = Sampling(temperature, top_k, top_p, seed)
     _open(store)  # an answer needs a store that is there: loading would make one
-    clip = load(primary, aux if method == "cacheclip" else "none", store, dtype)
+    clip = load(primary, aux if method == "cacheclip" else "none", store, dtype, kv)
     # Found once, so that both methods of a comparison read the same passages.
     chunks = [clip.store.passage(c) for c in chunk] if chunk else clip.retrieve(question, passages)
     options: dict[str, Any] = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [])
@@ -248,7 +250,7 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
            chunk_tokens: int = 128,
            max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence that passes, in nats.")] = 0.2,
            min_agreement: Annotated[float, typer.Option(help="Smallest top-1 agreement that passes.")] = 0.75,
-           dtype: DtypeOption = "float32", as_json: JsonOption = False) -> None:
+           kv: KvOption = "exact", dtype: DtypeOption = "float32", as_json: JsonOption = False) -> None:
     """The correctness gate for a model pair, on your own text; exits with 1 when a check fails."""
     from cacheclip_jax.demo import CORPUS
     from cacheclip_jax.documents import read_documents, split
@@ -257,7 +259,7 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
     documents = list(read_documents(sources or [str(CORPUS)]))
     _refuse_empty(documents, sources or [])
     method = configured_method("cacheclip", ratio, None, None, scoring)
-    clip = load(primary, aux, "memory://verify", dtype)
+    clip = load(primary, aux, f"memory://verify-{kv}", dtype, kv)
     pieces = [p for d in documents for p in split(d, clip.primary.model.tokenizer, chunk_tokens)]
     chosen = Retriever(pieces).top(question, passages)
     checks = run_checks(clip, question, chosen, method=method, max_kl=max_kl, min_agreement=min_agreement)
@@ -291,18 +293,18 @@ def demo(store: Annotated[str, typer.Option(help="Where the demo keeps its chunk
 def stats(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
     """What a store holds, by model, dtype and prefix."""
     s = _open(store).stats()
-    rows = [{"model": x.space.model_name, "fingerprint": x.space.model, "dtype": x.space.dtype,
+    rows = [{"model": x.space.model_name, "fingerprint": x.space.model, "dtype": x.space.dtype, "kv": x.space.kv,
              "prefix_tokens": len(x.space.prefix_ids), "chunks": x.chunks, "tokens": x.tokens, "bytes": x.nbytes,
              "bytes_per_token": x.bytes_per_token} for x in s.spaces]
     if as_json:
         _print_json({"documents": s.documents, "passages": s.passages, "chunks": s.chunks, "tokens": s.tokens,
                      "bytes": s.nbytes, "spaces": rows})
         return
-    table = Table("model", "dtype", "prefix", "chunks", "tokens", "MB", "kB/token",
+    table = Table("model", "dtype", "stored", "prefix", "chunks", "tokens", "MB", "kB/token",
                   title=f"{s.documents} documents, {s.passages} passages")
     for r in rows:
-        table.add_row(r["model"], r["dtype"], f"{r['prefix_tokens']} tokens", str(r["chunks"]), f"{r['tokens']:,}",
-                      f"{r['bytes'] / 1e6:,.1f}", f"{r['bytes_per_token'] / 1e3:.1f}")
+        table.add_row(r["model"], r["dtype"], r["kv"], f"{r['prefix_tokens']} tokens", str(r["chunks"]),
+                      f"{r['tokens']:,}", f"{r['bytes'] / 1e6:,.1f}", f"{r['bytes_per_token'] / 1e3:.1f}")
     out.print(table)
 
 
@@ -376,16 +378,18 @@ def gc(max_bytes: Annotated[int, typer.Option(help="Keep at most this many bytes
 
 # -------------------------------------------------------------------- shared
 
-def load(primary: str, aux: str, store: str, dtype: str):
+def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact"):
     """A CacheClip for a command's options; known models are pulled when they aren't there yet."""
     from cacheclip_jax.engine import CacheClip
     from cacheclip_jax.model.pull import MODELS
+    from cacheclip_jax.store import ChunkStore
+    opened = ChunkStore.open(store, kv=kv)  # type: ignore[arg-type]
     aux_name = None if aux == "none" else aux
     for name in (primary, aux_name):
         if name in MODELS:
             pull_with_progress(name)
     with err.status("loading models") if err.is_terminal else nullcontext():
-        return CacheClip.load(primary, aux_name, store, dtype=dtype)
+        return CacheClip.load(primary, aux_name, opened, dtype=dtype)
 
 
 def _refuse_empty(documents, sources: list[str]) -> None:

@@ -86,15 +86,16 @@ class CacheClip:
         self._retriever: tuple[list[str], Retriever] | None = None
 
     @classmethod
-    def load(cls, primary: str | Path, aux: str | Path | None = None, store: str | Path = "cacheclip-store", *,
-             dtype: str = "bfloat16", aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
+    def load(cls, primary: str | Path, aux: str | Path | None = None,
+             store: str | Path | ChunkStore = "cacheclip-store", *, dtype: str = "bfloat16",
+             aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
              prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None) -> CacheClip:  # noqa: B008
         """Load both models and open (or make) a store.
 
         Args:
           primary, aux: a name that `cacheclip pull` knows, a Hugging Face directory or hub id, or a .gguf file. Without
             an aux model every method but `cacheclip` works.
-          store: a path, or any URL that TensorStore takes (memory://, s3://, gs://).
+          store: a path, or any URL that TensorStore takes (memory://, s3://, gs://); or an open ChunkStore.
           dtype: of weights and caches, float32, bfloat16 or float16.
           aux_device: "cpu" runs the aux model on the host's CPU, beside the accelerator.
           mesh: splits the primary over its axis "model".
@@ -104,7 +105,7 @@ class CacheClip:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise BadInput(f"dtype {dtype!r} isn't supported: choose float32, bfloat16 or float16")
         enable_compilation_cache()
-        opened = ChunkStore.open(store)
+        opened = store if isinstance(store, ChunkStore) else ChunkStore.open(store)
         big = load_model(primary, dtype=dtype, mesh=mesh)
         small = None
         if aux is not None:

@@ -27,9 +27,9 @@ def layer_bytes(kind: Kind, shape: tuple[int, int, int, int], itemsize: int) -> 
 def quantize(kind: Kind, layer: Float[np.ndarray, "2 K C H"]) -> UInt8[np.ndarray, " bytes"]:
     """Scales, centres (float32 [2, K, H] each), then one byte per value."""
     x = layer.astype(np.float32)
-    low, high = x.min(axis=2, keepdims=True), x.max(axis=2, keepdims=True)
-    centre = (low + high) / 2
-    scale = np.maximum((high - low) / 2 / _LARGEST[kind], np.finfo(np.float32).tiny)
+    low, high = x.min(axis=2, keepdims=True) / 2, x.max(axis=2, keepdims=True) / 2  # halves: sums can't overflow
+    centre = low + high
+    scale = np.maximum((high - low) / _LARGEST[kind], np.finfo(np.float32).tiny)
     x -= centre
     x /= scale
     if kind == "int8":
@@ -53,6 +53,16 @@ def dequantize(kind: Kind, data: UInt8[np.ndarray, " bytes"], out: Float[np.ndar
             np.multiply(_half(each), s * np.float32(256), out=x)
         np.add(x, m, out=x)
         _round_into(out[divmod(head, k)], x)
+
+
+def round_trip(kind: Kind, kv: Float[np.ndarray, "L 2 K C H"]) -> Float[np.ndarray, "L 2 K C H"]:
+    """What a chunk cache is after it was stored and read."""
+    if kind == "exact":
+        return kv
+    out = np.empty_like(kv)
+    for layer, target in zip(kv, out, strict=True):
+        dequantize(kind, quantize(kind, layer), target)
+    return out
 
 
 def _half(codes: UInt8[np.ndarray, "C H"]) -> Float[np.ndarray, "C H"]:
