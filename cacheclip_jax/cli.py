@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -74,7 +75,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
-                                               help="Print the version.")] = False) -> None:
+                                               help="Print the version.")] = False,
+         namespace: Annotated[str, typer.Option(envvar="CACHECLIP_NAMESPACE", help="A tenant's part of the store: "
+                                                "others can't read it, nor notice what is in it.")] = "",
+         share: Annotated[bool, typer.Option("--share", envvar="CACHECLIP_SHARE", help="The namespace shares chunk "
+                                             "caches (not texts) with the default one.")] = False) -> None:
     """The options that every command has."""
 
 
@@ -382,8 +387,7 @@ def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact"):
     """A CacheClip for a command's options; known models are pulled when they aren't there yet."""
     from cacheclip_jax.engine import CacheClip
     from cacheclip_jax.model.pull import MODELS
-    from cacheclip_jax.store import ChunkStore
-    opened = ChunkStore.open(store, kv=kv)  # type: ignore[arg-type]
+    opened = _open(store, create=True, kv=kv)
     aux_name = None if aux == "none" else aux
     for name in (primary, aux_name):
         if name in MODELS:
@@ -397,9 +401,12 @@ def _refuse_empty(documents, sources: list[str]) -> None:
         raise BadInput(f"there is nothing to read in {', '.join(sources)}: every document is empty")
 
 
-def _open(store: str):
+def _open(store: str, **options: Any):
+    """The namespace of a store that the command line names; it has to exist unless `create` is given."""
     from cacheclip_jax.store import ChunkStore
-    return ChunkStore.open(store, create=False)
+    context = click.get_current_context(silent=True)
+    given = {name: context.find_root().params[name] for name in ("namespace", "share")} if context else {}
+    return ChunkStore.open(store, **{"create": False} | given | options)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def verify(
     `resume` names a file that notes which chunk caches were found whole, so that a run that was interrupted goes on
     where it stopped; a run that completes removes it. Raises BadInput where it can't be written.
     """
-    passages, files = store.passage_ids(all=True), store.blobs.list("kv/")
+    passages, files = store.passage_ids(all=True), store.pool.list("kv/")
     chunks = [file for file in files if layout.CHUNK.fullmatch(file)]
     total, done = len(passages) + len(chunks), 0
     problems: list[Problem] = []
@@ -92,7 +92,7 @@ def verify(
     message = "A chunk cache of an older version, encoded again when it is wanted; `store gc` removes this one."
     problems += [Problem("old", layout.chunk_file(*key), message, "", *key) for key in old]
     message = "A write that didn't finish, or hasn't yet; `store gc` removes the former."
-    problems += [Problem("unfinished", file, message) for file in store.blobs.unfinished("")]
+    problems += [Problem("unfinished", file, message) for _, file in maintain.unfinished(store)]
     return problems
 
 
@@ -104,7 +104,7 @@ def _check(
     assert match
     passage = ""
     try:
-        if (data := store.blobs.read(file)) is None:
+        if (data := store.pool.read(file)) is None:
             return []  # removed since the listing
         entry = unpack(data[: layout_head(data)])
         passage = entry.passage
@@ -113,7 +113,7 @@ def _check(
             raise ValueError(f"it is chunk cache {entry.space}/{entry.chunk}")
     except (ValueError, StoreError) as e:
         return [Problem("data", file, f"The chunk cache is damaged: {e}.", passage, *match.groups())]
-    if passage in owners or entry.text in texts:
+    if passage in owners or entry.text in texts or store.pool is not store.blobs:
         return []
     message = f"Its passage {passage} isn't in the store."
     return [Problem("unowned", file, message, passage, *match.groups())]

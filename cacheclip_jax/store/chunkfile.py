@@ -19,13 +19,14 @@ from dataclasses import asdict, replace
 import crc32c
 import numpy as np
 
-from cacheclip_jax.store.quantize import layer_bytes, quantize
+from cacheclip_jax.store.quantize import KINDS, layer_bytes, quantize
 from cacheclip_jax.store.records import LAYOUT_VERSION, Entry, Space
 
 PRELUDE = 1024
 _MAGIC = b"CCKV%04d" % LAYOUT_VERSION
 _PAGE = 4096
 _TABLES = "tables"
+_SANE = 1 << 40
 
 
 def head_bytes(layers: int, tokens: int) -> int:
@@ -63,12 +64,28 @@ def unpack(head: bytes) -> Entry:
     body = head[12:PRELUDE]
     if crc32c.crc32c(body) != int.from_bytes(head[8:12], "little"):
         raise ValueError("its description fails its checksum")
-    record = json.loads(body.rstrip(b"\0"))
-    crc, shape = record.pop(_TABLES), tuple(record["shape"])
+    entry, crc = _entry(body.rstrip(b"\0"))
+    shape = entry.shape
     tables = head[PRELUDE : head_bytes(shape[0], shape[3])]
     if len(head) > PRELUDE and crc32c.crc32c(tables) != crc:
         raise ValueError("its tokens fail their checksum")
-    return Entry(**record | {"shape": shape, _TABLES: tables})
+    return replace(entry, tables=tables)
+
+
+def _entry(body: bytes) -> tuple[Entry, int]:
+    """The entry and its tables' checksum; raises ValueError for anything but what `pack` writes."""
+    try:
+        record = json.loads(body)
+        crc, record["shape"] = record.pop(_TABLES), tuple(record["shape"])
+        entry = Entry(**record, tables=b"")
+        numbers = [*entry.shape, entry.nbytes, crc]
+        sane = all(type(n) is int and 0 <= n < _SANE for n in numbers) and len(entry.shape) == 5
+        texts = (entry.space, entry.chunk, entry.passage, entry.text)
+        if not (sane and min(entry.shape) > 0 and entry.kv in KINDS and all(type(t) is str for t in texts)):
+            raise ValueError("its description makes no sense")
+        return replace(entry, created=float(entry.created)), crc
+    except (KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError("its description makes no sense") from e
 
 
 def unpack_for(head: bytes, space: Space, ids: Sequence[int]) -> Entry:

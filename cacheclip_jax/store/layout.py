@@ -6,6 +6,8 @@
     kv/<space>/space.json               the parts of the space's key, in clear
     kv/<space>/<2 hex>/<chunk>.kv       a chunk cache: one object, written in one atomic write (chunkfile.py)
 
+A namespace has the same below ns/<namespace>/.
+
 An object is there as a whole or not at all, so readers need nothing else to trust it.
 """
 
@@ -21,6 +23,10 @@ SPACE = re.compile(r"kv/([0-9a-f]+)/space\.json")
 CHUNK = re.compile(r"kv/([0-9a-f]+)/../([0-9a-f]+)\.kv")
 # Layout 1 kept a chunk cache in a folder, beside its manifest.
 OLD = re.compile(r"kv/([0-9a-f]+)/../([0-9a-f]{32})(\.json|/.*)")
+
+
+def namespace_folder(namespace: str) -> str:
+    return f"ns/{namespace}"
 
 
 def passage_file(id: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cacheclip_jax.errors import StoreError
 from cacheclip_jax.store import layout, versions
+from cacheclip_jax.store.blobs import Blobs
 from cacheclip_jax.store.chunkfile import PRELUDE, head_bytes, unpack
 from cacheclip_jax.store.records import Entry, Passage, Space, text_id
 
@@ -60,11 +61,11 @@ class GCReport:
 
 def spaces(store: ChunkStore) -> dict[str, Space]:
     """The spaces that chunk caches were ever written for, by key; damaged records are left out."""
-    return dict(known_spaces(store, store.blobs.list("kv/")))
+    return dict(known_spaces(store, store.pool.list("kv/")))
 
 
 def known_spaces(store: ChunkStore, files: list[str]) -> Iterator[tuple[str, Space]]:
-    for file, data in store.blobs.read_all(file for file in files if layout.SPACE.fullmatch(file)):
+    for file, data in store.pool.read_all(file for file in files if layout.SPACE.fullmatch(file)):
         try:
             space = Space.from_json(data or b"")
         except ValueError:
@@ -76,7 +77,7 @@ def known_spaces(store: ChunkStore, files: list[str]) -> Iterator[tuple[str, Spa
 def explain_miss(store: ChunkStore, space: Space, ignore: Collection[str] = ()) -> str | None:
     """How the store's nearest space differs from this one; None when it has this one, or none but those in `ignore`."""
     try:
-        if store.blobs.read(layout.space_file(space.key)) is not None:
+        if store.pool.read(layout.space_file(space.key)) is not None:
             return None
         known = {key: other for key, other in spaces(store).items() if key not in ignore}
     except StoreError as e:
@@ -115,7 +116,7 @@ def _differences(space: Space, other: Space) -> list[str]:
 
 def entries(store: ChunkStore) -> Iterator[Entry]:
     """All committed chunk caches; those with a damaged head are left out."""
-    for _, entry in _entries(store, store.blobs.list("kv/"), whole_head=True):
+    for _, entry in _entries(store, store.pool.list("kv/"), whole_head=True):
         if isinstance(entry, Entry):
             yield entry
 
@@ -125,13 +126,13 @@ def _entries(
 ) -> Iterator[tuple[str, Entry | ValueError]]:
     """Chunk caches by file, without their ids and spans unless `whole_head`; or what is wrong with a head."""
     keys = {file: match.groups() for file in files if (match := layout.CHUNK.fullmatch(file))}
-    for file, data in store.blobs.read_all(keys, first=PRELUDE):
+    for file, data in store.pool.read_all(keys, first=PRELUDE):
         if data is None:
             continue  # another process removed it since the listing
         try:
             entry = unpack(data)
             if whole_head:
-                ((_, data),) = store.blobs.read_all([file], first=head_bytes(entry.shape[0], entry.tokens))
+                ((_, data),) = store.pool.read_all([file], first=head_bytes(entry.shape[0], entry.tokens))
                 if data is None:
                     continue
                 entry = unpack(data)
@@ -146,7 +147,7 @@ def stats(store: ChunkStore) -> StoreStats:
     """Counts everything; reads the head of every chunk cache and every passage."""
     passages = store.passages()
     chunks, tokens, size = Counter[str](), Counter[str](), Counter[str]()
-    files = store.blobs.list("kv/")
+    files = store.pool.list("kv/")
     for _, entry in _entries(store, files):
         if isinstance(entry, Entry):
             chunks[entry.space] += 1
@@ -156,10 +157,17 @@ def stats(store: ChunkStore) -> StoreStats:
     return StoreStats(len(passages), len({p.document for p in passages}), tuple(each))
 
 
+def unfinished(store: ChunkStore) -> Iterator[tuple[Blobs, str]]:
+    """Files of writes that were interrupted or are under way."""
+    for blobs, prefix in ((store.blobs, "passages/"), (store.blobs, "documents/"), (store.pool, "kv/")):
+        yield from ((blobs, file) for file in blobs.unfinished(prefix))
+
+
 def remove(store: ChunkStore, *passage_ids: str) -> int:
     """Removes passages and their chunk caches; returns how many of these.
 
-    A chunk cache whose text is that of another passage too stays, for that one.
+    A chunk cache whose text is that of another passage too stays, for that one; so do all where namespaces share
+    them, until `gc` needs the space.
     """
     ids = {store.resolve(id) for id in passage_ids}
     # A damaged passage can be removed like any other, but nothing has its text.
@@ -168,7 +176,7 @@ def remove(store: ChunkStore, *passage_ids: str) -> int:
     kept = {text for id, text in texts.items() if id not in ids}
     gone = {texts[id] for id in ids if id in texts} - kept
     dropped = 0
-    for _, entry in _entries(store, store.blobs.list("kv/")):
+    for _, entry in _entries(store, [] if store.pool is not store.blobs else store.pool.list("kv/")):
         if isinstance(entry, Entry) and entry.text not in kept and (entry.text in gone or entry.passage in ids):
             store.drop(entry.space, entry.chunk)
             dropped += 1
@@ -189,13 +197,17 @@ def gc(store: ChunkStore, max_bytes: int, grace: float = 3600.0) -> GCReport:
     outdated = versions.outdated(store, store.passage_ids(all=True))
     if past := [id for id, since in outdated.items() if abs(time.time() - since) > grace]:
         store.remove(*past)
-    files = store.blobs.list("kv/")
+    files = store.pool.list("kv/")
     found = list(_entries(store, files))
     broken = [file for file, entry in found if not isinstance(entry, Entry)]
     old = {match[2]: file for file in files if (match := layout.OLD.fullmatch(file))}
-    left = [file for file in store.blobs.unfinished("") if store.blobs.abandoned(file, grace)]
-    for file in [*broken, *(file for file in files if layout.OLD.fullmatch(file)), *left]:
-        store.blobs.delete(file)
+    for file in [*broken, *(file for file in files if layout.OLD.fullmatch(file))]:
+        store.pool.delete(file)
+    left = 0
+    for blobs, file in unfinished(store):
+        if blobs.abandoned(file, grace):
+            blobs.delete(file)
+            left += 1
     kept = sorted((e.created, e.nbytes, e.space, e.chunk) for _, e in found if isinstance(e, Entry))
     size = sum(nbytes for _, nbytes, _, _ in kept)
     before, chunks = size, 0
@@ -205,4 +217,4 @@ def gc(store: ChunkStore, max_bytes: int, grace: float = 3600.0) -> GCReport:
         store.drop(space, chunk)
         size -= nbytes
         chunks += 1
-    return GCReport(len(broken) + len(old) + len(left), chunks, before - size, size)
+    return GCReport(len(broken) + len(old) + left, chunks, before - size, size)

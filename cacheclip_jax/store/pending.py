@@ -49,15 +49,15 @@ class PendingKV:
             raise BadInput(f"`out` is {out.dtype}{list(out.shape)}, not {space.dtype}{list(shape)}.")
         self._store, self._space, self._ids, self._passage, self._out = store, space, ids, passage_id, out
         key = chunk_file(space.key, chunk)
-        self._where = store.blobs.where(key)
+        self._where = store.pool.where(key)
         self._head, self._step = head_bytes(space.num_layers, len(ids)), stored_layer_bytes(space, len(ids))
         self._size = self._head + space.num_layers * self._step
         self._layers: list[Future[None]] = []
         self._eager, self._began, self._done = eager, time.perf_counter(), False
         self._failure: Exception | None = None
-        self._source, self._tier = None, store.blobs.tier
+        self._source, self._tier = None, store.pool.tier
         try:
-            self._source = store.blobs.source(key, self._head, self._size if eager else None)
+            self._source = store.pool.source(key, self._head, self._size if eager else None)
         except FAILURES as e:
             self._failure = e
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,17 +30,20 @@ if TYPE_CHECKING:
 
 _WRITERS = 4
 _READERS = min(8, max(4, os.cpu_count() or 1))
+_NAMESPACE = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LIST = "`cacheclip store ls` lists the ids."
 
 
 class ChunkStore:
     """Passages and chunk caches under one URL; safe to share between threads and processes.
 
+    `blobs` holds passages and documents, `pool` the chunk caches: the same place, unless a namespace shares those.
     `kv` is how chunk caches that are written here keep their values (see Space); `metrics` counts what happens.
     """
 
-    def __init__(self, blobs: Blobs, kv: Kind = "exact"):
+    def __init__(self, blobs: Blobs, kv: Kind = "exact", pool: Blobs | None = None):
         self.blobs = blobs
+        self.pool = pool or blobs
         self.kv = kv
         self.metrics = Metrics()
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="chunk-reader")
@@ -49,15 +53,31 @@ class ChunkStore:
         self.document_of: dict[str, str] = {}  # of passages, which never change
 
     @classmethod
-    def open(cls, url: str | Path, *, create: bool = True, kv: Kind = "exact", direct: bool = True) -> ChunkStore:
+    def open(
+        cls,
+        url: str | Path,
+        *,
+        create: bool = True,
+        kv: Kind = "exact",
+        namespace: str = "",
+        share: bool = False,
+        direct: bool = True,
+    ) -> ChunkStore:
         """Opens the store at a directory or a file://, memory://, s3:// or gs:// URL.
 
-        `direct=False` leaves a local directory to TensorStore, like every other place. Raises BadInput for another
-        kind of URL, and StoreError for a place that can't be read or written, holds something else or has a newer
-        layout. Chunk caches of an older layout are encoded again when they are next wanted.
+        A namespace has passages, documents and chunk caches of its own, and no way to those of others; it doesn't
+        learn either, from a hit that comes sooner, what they have stored. With `share` its chunk caches are those of
+        the default namespace, so that equal passages are encoded once. `direct=False` leaves a local directory to
+        TensorStore, like every other place.
+
+        Raises BadInput for another kind of URL or a bad name, and StoreError for a place that can't be read or
+        written, holds something else or has a newer layout. Chunk caches of an older layout are encoded again when
+        they are next wanted.
         """
         if kv not in KINDS:
             raise BadInput(f"kv={kv!r} is unknown: chunk caches are stored as one of {', '.join(KINDS)}.")
+        if namespace and not _NAMESPACE.fullmatch(namespace):
+            raise BadInput(f"{namespace!r} can't be a namespace: take up to 63 of a-z, 0-9, '-', '_', a letter first.")
         blobs = Blobs.open(url, direct=direct)
         if blobs.directory and blobs.directory.exists() and not blobs.directory.is_dir():
             raise StoreError(f"{blobs.url} is a file: a chunk store is a directory, so name another --store.")
@@ -69,7 +89,9 @@ class ChunkStore:
         elif _layout(blobs, marker) < LAYOUT_VERSION and create:
             with suppress(StoreError):  # a store that can't be written can still be read
                 blobs.write(layout.MARKER, _marker())
-        return cls(blobs, kv)
+        if not namespace:
+            return cls(blobs, kv)
+        return cls(blobs.below(layout.namespace_folder(namespace)), kv, blobs if share else None)
 
     @property
     def url(self) -> str:
@@ -143,13 +165,13 @@ class ChunkStore:
         """What a chunk cache says of itself, None when there is none; raises ChunkCorrupt."""
         chunk = space.chunk_key(ids)
         file = layout.chunk_file(space.key, chunk)
-        ((_, head),) = self.blobs.read_all([file], first=head_bytes(space.num_layers, len(ids)))
+        ((_, head),) = self.pool.read_all([file], first=head_bytes(space.num_layers, len(ids)))
         if head is None:
             return None
         try:
             return unpack_for(head, space, ids)
         except ValueError as e:
-            raise ChunkCorrupt(f"The chunk cache {self.blobs.where(file)} is damaged: {e}.", chunk=chunk) from e
+            raise ChunkCorrupt(f"The chunk cache {self.pool.where(file)} is damaged: {e}.", chunk=chunk) from e
 
     def write(
         self,
@@ -181,10 +203,10 @@ class ChunkStore:
         )
         self._write_space(space)
         began = time.perf_counter()
-        self.blobs.write_parts(layout.chunk_file(space.key, entry.chunk), pack(space, entry, ids, spans, host))
-        self.metrics.count("writes", self.blobs.tier)
-        self.metrics.count("bytes_written", self.blobs.tier, entry.nbytes)
-        self.metrics.time("write", self.blobs.tier, time.perf_counter() - began)
+        self.pool.write_parts(layout.chunk_file(space.key, entry.chunk), pack(space, entry, ids, spans, host))
+        self.metrics.count("writes", self.pool.tier)
+        self.metrics.count("bytes_written", self.pool.tier, entry.nbytes)
+        self.metrics.time("write", self.pool.tier, time.perf_counter() - began)
         return True
 
     def _text(self, passage_id: str) -> str:
@@ -215,11 +237,11 @@ class ChunkStore:
             return
         file = layout.space_file(space.key)
         try:
-            known = Space.from_json(self.blobs.read(file) or b"").key == space.key
+            known = Space.from_json(self.pool.read(file) or b"").key == space.key
         except ValueError:
             known = False
         if not known:
-            self.blobs.write(file, space.to_json())
+            self.pool.write(file, space.to_json())
         self._known_spaces.add(space.key)
 
     def read(
@@ -260,7 +282,7 @@ class ChunkStore:
 
     def drop(self, space: str, chunk: str) -> None:
         """Removes a chunk cache by its keys; who is reading it on a local disk can finish."""
-        self.blobs.delete(layout.chunk_file(space, chunk))
+        self.pool.delete(layout.chunk_file(space, chunk))
 
     publish = versions.publish
     withdraw = versions.withdraw
