@@ -79,7 +79,11 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_print_vers
          namespace: Annotated[str, typer.Option(envvar="CACHECLIP_NAMESPACE", help="A tenant's part of the store: "
                                                 "others can't read it, nor notice what is in it.")] = "",
          share: Annotated[bool, typer.Option("--share", envvar="CACHECLIP_SHARE", help="The namespace shares chunk "
-                                             "caches (not texts) with the default one.")] = False) -> None:
+                                             "caches (not texts) with the default one.")] = False,
+         local: Annotated[str | None, typer.Option(envvar="CACHECLIP_LOCAL", metavar="DIRECTORY", help="Keep copies of "
+                                                   "a bucket's chunk caches here.")] = None,
+         local_bytes: Annotated[int, typer.Option(envvar="CACHECLIP_LOCAL_BYTES", help="Largest size of those copies.")
+                                ] = 50_000_000_000) -> None:
     """The options that every command has."""
 
 
@@ -129,6 +133,7 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
     _refuse_empty(documents, sources)
     clip = load(primary, aux, store, dtype, kv)
     report = index_with_progress(clip, documents, chunk_tokens, overlap, replace)
+    clip.store.flush()
     if as_json:
         _print_json(dataclasses.asdict(report))
     else:
@@ -381,6 +386,24 @@ def gc(max_bytes: Annotated[int, typer.Option(help="Keep at most this many bytes
                   f"{report.bytes_left / 1e6:,.1f} MB left", highlight=False)
 
 
+@store_app.command()
+def pin(documents: Annotated[list[str] | None, typer.Argument(help="Names that `store ls` shows; none lists the pins.")
+                             ] = None,
+        remove: Annotated[bool, typer.Option("--remove", help="Unpin them.")] = False,
+        store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Keep documents' chunk caches from gc and from eviction off a local tier."""
+    opened = _open(store)
+    known = {p.document for p in opened.passages()} | set(opened.pinned()) if documents else set()
+    if unknown := sorted(set(documents or ()) - known):
+        raise BadInput(f"{opened.url} has no document {unknown[0]!r}: `cacheclip store ls` lists what it has")
+    for name in documents or ():
+        (opened.unpin if remove else opened.pin)(name)
+    if as_json:
+        _print_json({"pinned": opened.pinned()})
+    else:
+        out.print(*(escape(name) for name in opened.pinned()), sep="\n", highlight=False)
+
+
 # -------------------------------------------------------------------- shared
 
 def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact"):
@@ -405,7 +428,8 @@ def _open(store: str, **options: Any):
     """The namespace of a store that the command line names; it has to exist unless `create` is given."""
     from cacheclip_jax.store import ChunkStore
     context = click.get_current_context(silent=True)
-    given = {name: context.find_root().params[name] for name in ("namespace", "share")} if context else {}
+    names = ("namespace", "share", "local", "local_bytes") if context else ()
+    given = {name: context.find_root().params[name] for name in names}  # type: ignore[union-attr]
     return ChunkStore.open(store, **{"create": False} | given | options)
 
 

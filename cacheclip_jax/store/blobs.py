@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -22,6 +23,10 @@ _MEMORY = ts.Context()
 # TensorStore raises these for a failed operation; the status is in the message alone.
 FAILURES = (ValueError, IndexError, NotImplementedError, RuntimeError, OSError, EOFError)
 _IN_FLIGHT = 256
+# A bucket that doesn't answer is given up after seconds, not minutes: an answer can do without it.
+_TIMEOUT = 30.0
+_RETRIES = {"max_retries": 3, "initial_delay": "100ms", "max_delay": "1s"}
+_PATIENCE = {"s3_request_retries": _RETRIES, "gcs_request_retries": _RETRIES}
 
 _WAYS_OUT = (
     (
@@ -58,7 +63,7 @@ class Blobs:
             scheme, rest = "file", str(url)
         rest, _, query = rest.partition("?") if scheme == "s3" else (rest, "", "")
         bucket, _, path = rest.partition("/")
-        context, files = ts.Context(), None
+        context, files = ts.Context(_PATIENCE), None
         match scheme:
             case "file" if rest:
                 root = Path(rest).expanduser().absolute()
@@ -124,9 +129,16 @@ class Blobs:
         for some in itertools.batched(keys, _IN_FLIGHT):
             futures = [self.kv.read(key, byte_range=slice(0, first)) for key in some]
             for key, future in zip(some, futures, strict=True):
-                with translated("read", self.where(key)):
-                    result = future.result()
-                yield key, bytes(result.value) if result.state == "value" else None
+                yield key, self.finish(key, future)
+
+    def start(self, key: str) -> ts.Future:
+        """Starts to read a value by TensorStore, for `finish`."""
+        return self.kv.read(key)
+
+    def finish(self, key: str, future: ts.Future) -> bytes | None:
+        with translated("read", self.where(key)):
+            result = _waited(future)
+        return bytes(result.value) if result.state == "value" else None
 
     def write(self, key: str, value: bytes) -> None:
         self.write_all([(key, value)])
@@ -140,7 +152,7 @@ class Blobs:
             futures = [(key, self.kv.write(key, value)) for key, value in some]
             for key, future in futures:
                 with translated("write", self.where(key)):
-                    future.result()
+                    _waited(future)
 
     def write_parts(self, key: str, parts: Sequence[bytes | np.ndarray]) -> None:
         """Writes one value that is given in parts."""
@@ -149,7 +161,7 @@ class Blobs:
                 self.files.write(key, parts)
             else:
                 whole = b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts)
-                self.kv.write(key, whole).result()
+                _waited(self.kv.write(key, whole))
 
     def source(self, key: str, head: int, size: int | None) -> Source:
         """Starts to read a value: its first `head` bytes, and all of its `size` unless that is None.
@@ -162,7 +174,7 @@ class Blobs:
         with translated("list", self.where(prefix)):
             if self.files:
                 return self.files.list(prefix)
-            names = self.kv.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).result()
+            names = _waited(self.kv.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))))
         return sorted(name.decode("utf-8", "replace") for name in names)
 
     def unfinished(self, prefix: str) -> builtins.list[str]:
@@ -179,7 +191,7 @@ class Blobs:
             if self.files:
                 self.files.delete(key)
             else:
-                self.kv.write(key, None).result()
+                _waited(self.kv.write(key, None))
 
 
 class BucketSource:
@@ -193,11 +205,12 @@ class BucketSource:
     def read_into(self, offset: int, view: np.ndarray) -> None:
         """Fills a flat uint8 array; raises FileNotFoundError or EOFError where there is nothing to fill it with."""
         if offset == 0 and view.nbytes == self._head_bytes:
-            start, result = 0, self._head.result()
+            start, result = 0, _waited(self._head)
         elif self._body is not None:
-            start, result = self._head_bytes, self._body.result()
+            start, result = self._head_bytes, _waited(self._body)
         else:
-            start, result = offset, self._kv.read(self._key, byte_range=slice(offset, offset + view.nbytes)).result()
+            start = offset
+            result = _waited(self._kv.read(self._key, byte_range=slice(offset, offset + view.nbytes)))
         if result.state != "value":
             raise FileNotFoundError(f"{self._key} isn't there")
         part = np.frombuffer(result.value, np.uint8)[offset - start :][: view.nbytes]
@@ -221,6 +234,14 @@ def translated(doing: str, where: str) -> Iterator[None]:
         text = f"{e.strerror} [" if isinstance(e, OSError) and e.strerror else str(e)
         hints = [hint for signs, hint in _WAYS_OUT if any(sign in text for sign in signs)]
         raise StoreError(" ".join([f"Could not {doing} {where}: {_reason(text)}.", *hints[:1]])) from e
+
+
+def _waited(future: ts.Future) -> Any:
+    """A future's result; raises TimeoutError where it takes unreasonably long."""
+    try:
+        return future.result(timeout=_TIMEOUT)
+    except TimeoutError:
+        raise TimeoutError(f"DEADLINE_EXCEEDED: no answer within {_TIMEOUT:.0f} s") from None
 
 
 def _reason(text: str) -> str:

@@ -12,7 +12,9 @@ from cacheclip_jax.errors import StoreError
 from cacheclip_jax.store import layout, versions
 from cacheclip_jax.store.blobs import Blobs
 from cacheclip_jax.store.chunkfile import PRELUDE, head_bytes, unpack
+from cacheclip_jax.store.pins import pinned_texts
 from cacheclip_jax.store.records import Entry, Passage, Space, text_id
+from cacheclip_jax.store.tier import TieredBlobs
 
 if TYPE_CHECKING:
     from cacheclip_jax.store.store import ChunkStore
@@ -157,7 +159,7 @@ def stats(store: ChunkStore) -> StoreStats:
     return StoreStats(len(passages), len({p.document for p in passages}), tuple(each))
 
 
-def unfinished(store: ChunkStore) -> Iterator[tuple[Blobs, str]]:
+def unfinished(store: ChunkStore) -> Iterator[tuple[Blobs | TieredBlobs, str]]:
     """Files of writes that were interrupted or are under way."""
     for blobs, prefix in ((store.blobs, "passages/"), (store.blobs, "documents/"), (store.pool, "kv/")):
         yield from ((blobs, file) for file in blobs.unfinished(prefix))
@@ -208,12 +210,15 @@ def gc(store: ChunkStore, max_bytes: int, grace: float = 3600.0) -> GCReport:
         if blobs.abandoned(file, grace):
             blobs.delete(file)
             left += 1
-    kept = sorted((e.created, e.nbytes, e.space, e.chunk) for _, e in found if isinstance(e, Entry))
-    size = sum(nbytes for _, nbytes, _, _ in kept)
+    kept = sorted((e.created, e.nbytes, e.text, e.space, e.chunk) for _, e in found if isinstance(e, Entry))
+    size = sum(nbytes for _, nbytes, *_ in kept)
     before, chunks = size, 0
-    for _, nbytes, space, chunk in kept:
+    protected = pinned_texts(store) if size > max_bytes else set()
+    for _, nbytes, text, space, chunk in kept:
         if size <= max_bytes:
             break
+        if text in protected:
+            continue
         store.drop(space, chunk)
         size -= nbytes
         chunks += 1

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _TASK_BYTES = 1 << 20
 # A failure with one of these says nothing about the data, which may be whole.
-_NOT_THE_DATA = ("Permission", "PERMISSION", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE", "CURL", "Too many open")
+_NOT_THE_DATA = ("Permission", "PERMISSION", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE", "CURL", "Too many open",
+                 "can't be reached")
 
 
 class PendingKV:
@@ -58,7 +59,7 @@ class PendingKV:
         self._source, self._tier = None, store.pool.tier
         try:
             self._source = store.pool.source(key, self._head, self._size if eager else None)
-        except FAILURES as e:
+        except (*FAILURES, StoreError) as e:
             self._failure = e
 
     @cached_property
@@ -72,7 +73,7 @@ class PendingKV:
             entry = unpack_for(head.tobytes(), self._space, self._ids)
         except FileNotFoundError:
             return None
-        except FAILURES as e:
+        except (*FAILURES, StoreError) as e:
             return self._flaw(e)
         if self._eager:
             self._start()
@@ -163,7 +164,7 @@ class PendingKV:
             raise self._entry
         try:
             yield
-        except FAILURES as e:
+        except (*FAILURES, StoreError) as e:
             for task in self._layers:
                 task.exception()
             raise self._flaw(e) from e
@@ -173,7 +174,7 @@ class PendingKV:
         try:
             with translated("read", self._where):
                 raise e
-        except StoreError as translation:
+        except StoreError as translation:  # or what it was already
             how = str(translation)
         if any(sign in how for sign in _NOT_THE_DATA):
             self._store.metrics.count("unreadable", self._tier)

@@ -17,13 +17,14 @@ import numpy as np
 from jaxtyping import Float
 
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, ChunkUnreadable, StoreError
-from cacheclip_jax.store import audit, layout, maintain, versions
+from cacheclip_jax.store import audit, layout, maintain, pins, versions
 from cacheclip_jax.store.blobs import Blobs, translated
 from cacheclip_jax.store.chunkfile import head_bytes, pack, stored_layer_bytes, unpack_for
 from cacheclip_jax.store.metrics import Metrics
 from cacheclip_jax.store.pending import PendingKV
 from cacheclip_jax.store.quantize import KINDS, Kind
 from cacheclip_jax.store.records import ID_DIGITS, LAYOUT_VERSION, Entry, Passage, Space, is_chunk_id, text_id
+from cacheclip_jax.store.tier import TieredBlobs
 
 if TYPE_CHECKING:
     import jax
@@ -41,7 +42,9 @@ class ChunkStore:
     `kv` is how chunk caches that are written here keep their values (see Space); `metrics` counts what happens.
     """
 
-    def __init__(self, blobs: Blobs, kv: Kind = "exact", pool: Blobs | None = None):
+    def __init__(
+        self, blobs: Blobs | TieredBlobs, kv: Kind = "exact", pool: Blobs | TieredBlobs | None = None
+    ):
         self.blobs = blobs
         self.pool = pool or blobs
         self.kv = kv
@@ -50,6 +53,10 @@ class ChunkStore:
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="chunk-writer")
         self._slots = BoundedSemaphore(2 * _WRITERS)
         self._known_spaces: set[str] = set()
+        self._pins: tuple[float, set[str]] | None = None
+        for place in (self.blobs, self.pool):
+            if isinstance(place, TieredBlobs):
+                place.protected, place.on = self.pinned_texts, self.metrics.count
         self.document_of: dict[str, str] = {}  # of passages, which never change
 
     @classmethod
@@ -61,13 +68,17 @@ class ChunkStore:
         kv: Kind = "exact",
         namespace: str = "",
         share: bool = False,
+        local: str | Path | None = None,
+        local_bytes: int = 50_000_000_000,
         direct: bool = True,
     ) -> ChunkStore:
         """Opens the store at a directory or a file://, memory://, s3:// or gs:// URL.
 
         A namespace has passages, documents and chunk caches of its own, and no way to those of others; it doesn't
         learn either, from a hit that comes sooner, what they have stored. With `share` its chunk caches are those of
-        the default namespace, so that equal passages are encoded once. `direct=False` leaves a local directory to
+        the default namespace, so that equal passages are encoded once. `local` names a directory that keeps copies
+        of at most `local_bytes` of chunk caches of a bucket, and takes writes before them: `flush` waits until the
+        bucket has those. `direct=False` leaves a local directory to
         TensorStore, like every other place.
 
         Raises BadInput for another kind of URL or a bad name, and StoreError for a place that can't be read or
@@ -78,7 +89,11 @@ class ChunkStore:
             raise BadInput(f"kv={kv!r} is unknown: chunk caches are stored as one of {', '.join(KINDS)}.")
         if namespace and not _NAMESPACE.fullmatch(namespace):
             raise BadInput(f"{namespace!r} can't be a namespace: take up to 63 of a-z, 0-9, '-', '_', a letter first.")
-        blobs = Blobs.open(url, direct=direct)
+        blobs: Blobs | TieredBlobs = Blobs.open(url, direct=direct)
+        if local is not None:
+            if blobs.tier != "bucket" and blobs.tier != "memory":
+                raise BadInput(f"{blobs.url} is local itself: a local tier goes before a bucket.")
+            blobs = TieredBlobs(blobs, Blobs.open(local), local_bytes)  # type: ignore[arg-type]
         if blobs.directory and blobs.directory.exists() and not blobs.directory.is_dir():
             raise StoreError(f"{blobs.url} is a file: a chunk store is a directory, so name another --store.")
         if (marker := blobs.read(layout.MARKER)) is None:
@@ -155,10 +170,10 @@ class ChunkStore:
                 yield id, ChunkCorrupt(f"{what} {way_out}", chunk=id)
 
     def has(self, space: Space, ids: Sequence[int]) -> bool:
-        """Whether the chunk cache is committed; one whose head is damaged isn't."""
+        """Whether the chunk cache is committed; one whose head is damaged or can't be read isn't."""
         try:
             return self.entry(space, ids) is not None
-        except ChunkCorrupt:
+        except StoreError:
             return False
 
     def entry(self, space: Space, ids: Sequence[int]) -> Entry | None:
@@ -270,8 +285,11 @@ class ChunkStore:
     def discard(self, space: Space, ids: Sequence[int]) -> None:
         """Removes a chunk cache if it is damaged, as before it is written again.
 
-        One that is whole stays: another process may have repaired it meanwhile, or it couldn't be read for a while.
+        One that is whole stays: another process may have repaired it meanwhile, or it couldn't be read for a while,
+        or a local copy was damaged and the bucket's isn't.
         """
+        if isinstance(self.pool, TieredBlobs):
+            self.pool.forget(layout.chunk_file(space.key, space.chunk_key(ids)))
         try:
             if (pending := self.read(space, ids, "")) is not None:
                 pending.result()
@@ -284,6 +302,24 @@ class ChunkStore:
         """Removes a chunk cache by its keys; who is reading it on a local disk can finish."""
         self.pool.delete(layout.chunk_file(space, chunk))
 
+    def flush(self, timeout: float = 600.0) -> None:
+        """Waits until a bucket behind a local tier has all that was written; raises StoreError when it hasn't."""
+        for place in (self.blobs, self.pool):
+            if isinstance(place, TieredBlobs):
+                place.flush(timeout)
+
+    def pinned_texts(self) -> set[str]:
+        """What is pinned, by text; up to a minute old, because every eviction asks."""
+        if self._pins is None or time.monotonic() - self._pins[0] > 60:
+            self._pins = (time.monotonic(), pins.pinned_texts(self))
+        return self._pins[1]
+
+    def forget_pins(self) -> None:
+        self._pins = None
+
+    pin = pins.pin
+    unpin = pins.unpin
+    pinned = pins.pinned
     publish = versions.publish
     withdraw = versions.withdraw
     versions = versions.versions
@@ -300,7 +336,7 @@ def _marker() -> bytes:
     return json.dumps({"layout": LAYOUT_VERSION}).encode()
 
 
-def _layout(blobs: Blobs, marker: bytes) -> int:
+def _layout(blobs: Blobs | TieredBlobs, marker: bytes) -> int:
     """The store's layout; raises StoreError for one that this version doesn't know."""
     try:
         version = int(json.loads(marker)["layout"])
@@ -315,7 +351,7 @@ def _layout(blobs: Blobs, marker: bytes) -> int:
     return version
 
 
-def _check_empty(blobs: Blobs) -> None:
+def _check_empty(blobs: Blobs | TieredBlobs) -> None:
     """Refuses a directory of something else; a marker whose write was interrupted is our own."""
     if (root := blobs.directory) is None or not root.exists():
         return
