@@ -21,6 +21,7 @@ from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.store import ChunkStore, Passage, PendingKV, Space
+from cacheclip_jax.store.quantize import round_trip
 
 Behind = Literal["shared", "none"]
 
@@ -82,7 +83,7 @@ class ChunkCaches:
     def space(self, behind: Behind) -> Space:
         """The part of the store that holds this model's caches of chunks encoded behind the shared prefix, or alone."""
         cfg = self.model.config
-        return Space(model=self.model.fingerprint, model_name=self.model.name, dtype=self.dtype.name,
+        return Space(model=self.model.fingerprint, model_name=self.model.name, dtype=self.dtype.name, kv=self.store.kv,
                      prefix_ids=self.prefix_ids if behind == "shared" else (), num_layers=cfg.num_layers,
                      num_kv_heads=cfg.num_kv_heads, head_dim=cfg.head_dim)
 
@@ -129,7 +130,9 @@ class ChunkCaches:
                 out.hits += 1
             else:
                 unread.append(i)
-        pending = self.store.read_all(space, [(self.encoded(passages[i]).ids, passages[i].id) for i in unread])
+        keep = self.host.limit_bytes > 0
+        wanted_ids = [(self.encoded(passages[i]).ids, passages[i].id) for i in unread]
+        pending = self.store.read_all(space, wanted_ids, eager=keep)
         missing = []
         for i, read in zip(unread, pending, strict=True):
             if read is None:
@@ -137,7 +140,7 @@ class ChunkCaches:
                 missing.append(i)
             else:
                 out.hits += 1
-                out.sources[i] = Stored(read, partial(self.host.put, self.key(behind, passages[i])))
+                out.sources[i] = Stored(read, partial(self.host.put, self.key(behind, passages[i])) if keep else None)
         if missing:
             ours = {c.space(b).key for c in self.pair for b in ("shared", "none")}
             if (why := self.store.explain_miss(space, ours)) is not None:
@@ -173,8 +176,9 @@ class ChunkCaches:
             out.warnings.append(str(e))
             writable = False
         for passage, kv in self.encode(list(by_id.values()), behind):
-            made[passage.id] = InMemory(kv)
-            self.host.put(self.key(behind, passage), kv)
+            as_stored = round_trip(self.store.kv, kv)  # so that the next answer is the same
+            made[passage.id] = InMemory(as_stored)
+            self.host.put(self.key(behind, passage), as_stored)
             if not writable:
                 continue
             try:
@@ -201,14 +205,20 @@ def replicated(sharding: Sharding) -> Sharding:
 
 
 class Stored:
-    """A chunk cache that is being read from the store; `admit` gets it whole after its last layer."""
+    """A chunk cache in the store; `admit` gets it whole after its last layer, where it's kept in host memory."""
 
-    def __init__(self, pending: PendingKV, admit: Callable[[np.ndarray], None]):
+    def __init__(self, pending: PendingKV, admit: Callable[[np.ndarray], None] | None):
         self._pending, self._admit = pending, admit
 
     def read_layer(self, layer: int, out: np.ndarray) -> None:
-        """Wait for a layer and copy its bytes."""
-        kv = self._pending.layer(layer)
-        np.copyto(out, kv.reshape(-1).view(np.uint8))
-        if layer == self._pending.num_layers - 1:
-            self._admit(self._pending.result())
+        """Read a layer: straight into `out`, or with the whole that will be kept."""
+        if self._admit is None:
+            self._pending.read_layer_into(layer, out)
+        else:
+            np.copyto(out, self._pending.layer(layer).reshape(-1).view(np.uint8))
+
+    def done(self) -> None:
+        """Hand over the whole, unless a layer that nobody asked for is damaged."""
+        if self._admit is not None:
+            with suppress(ChunkCorrupt):
+                self._admit(self._pending.result())

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -45,6 +46,8 @@ AuxOption = Annotated[str, typer.Option("--aux", envvar="CACHECLIP_AUX", metavar
 StoreOption = Annotated[str, typer.Option("--store", envvar="CACHECLIP_STORE", metavar="URL",
                                           help="Where chunk caches live: a path, or an s3:// or gs:// URL.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of weights and caches: bfloat16, float32 or float16.")]
+KvOption = Annotated[str, typer.Option("--kv", envvar="CACHECLIP_KV", metavar="KIND", help="How caches are stored: "
+                                       "exact, or int8 or fp8 (half the bytes). Ask as you indexed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 PRIMARY = "qwen2.5-coder-0.5b"
@@ -72,7 +75,15 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
-                                               help="Print the version.")] = False) -> None:
+                                               help="Print the version.")] = False,
+         namespace: Annotated[str, typer.Option(envvar="CACHECLIP_NAMESPACE", help="A tenant's part of the store: "
+                                                "others can't read it, nor notice what is in it.")] = "",
+         share: Annotated[bool, typer.Option("--share", envvar="CACHECLIP_SHARE", help="The namespace shares chunk "
+                                             "caches (not texts) with the default one.")] = False,
+         local: Annotated[str | None, typer.Option(envvar="CACHECLIP_LOCAL", metavar="DIRECTORY", help="Keep copies of "
+                                                   "a bucket's chunk caches here.")] = None,
+         local_bytes: Annotated[int, typer.Option(envvar="CACHECLIP_LOCAL_BYTES", help="Largest size of those copies.")
+                                ] = 50_000_000_000) -> None:
     """The options that every command has."""
 
 
@@ -113,13 +124,16 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
           store: StoreOption = STORE, primary: PrimaryOption = PRIMARY, aux: AuxOption = AUX,
           chunk_tokens: Annotated[int, typer.Option(help="Longest passage, in tokens of the primary.")] = 256,
           overlap: Annotated[int, typer.Option(help="Tokens that a passage shares with the one before it.")] = 0,
-          dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
+          replace: Annotated[bool, typer.Option("--replace", help="Passages take the place of what was indexed before "
+                                                "under the same document name, for readers in one step.")] = False,
+          kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
     """Split documents into passages and store their caches. Run again after an interruption: it resumes."""
     from cacheclip_jax.documents import read_documents
     documents = list(read_documents(sources))
     _refuse_empty(documents, sources)
-    clip = load(primary, aux, store, dtype)
-    report = index_with_progress(clip, documents, chunk_tokens, overlap)
+    clip = load(primary, aux, store, dtype, kv)
+    report = index_with_progress(clip, documents, chunk_tokens, overlap, replace)
+    clip.store.flush()
     if as_json:
         _print_json(dataclasses.asdict(report))
     else:
@@ -128,7 +142,7 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
                   f"({report.tokens / report.seconds:,.0f} tokens/s), {report.bytes / 1e9:.2f} GB", highlight=False)
 
 
-def index_with_progress(clip, documents, chunk_tokens: int, overlap: int = 0):
+def index_with_progress(clip, documents, chunk_tokens: int, overlap: int = 0, replace: bool = False):
     """`CacheClip.index` with documents, tokens/s, GB and the time left on stderr."""
     columns = (TextColumn("indexing"), BarColumn(), TextColumn("{task.completed}/{task.total} documents"),
                TextColumn("{task.fields[rate]:,.0f} tokens/s"), TextColumn("{task.fields[gb]:.2f} GB"),
@@ -143,7 +157,8 @@ def index_with_progress(clip, documents, chunk_tokens: int, overlap: int = 0):
             progress.update(task, advance=n if kind == "documents" else 0, gb=size / 1e9,
                             rate=tokens / (time.perf_counter() - started))
 
-        return clip.index(documents, chunk_tokens=chunk_tokens, overlap=overlap, progress=report)
+        return clip.index(documents, chunk_tokens=chunk_tokens, overlap=overlap, replace=replace,
+                          progress=report)
 
 
 # -------------------------------------------------------------------- ask
@@ -165,7 +180,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         compare: Annotated[bool, typer.Option("--compare", help="Run full prefill too; both warmed up first.")] = False,
         explain: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page that marks what was "
                                                      "recomputed.")] = None,
-        dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
+        kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
     """Answer a question from stored passages."""
     from cacheclip_jax.decode import Sampling
     from cacheclip_jax.explain import write_explain_page
@@ -174,7 +189,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
     chosen = configured_method(method, ratio, tokens, mass, scoring)
     sampling = Sampling(temperature, top_k, top_p, seed)
     _open(store)  # an answer needs a store that is there: loading would make one
-    clip = load(primary, aux if method == "cacheclip" else "none", store, dtype)
+    clip = load(primary, aux if method == "cacheclip" else "none", store, dtype, kv)
     # Found once, so that both methods of a comparison read the same passages.
     chunks = [clip.store.passage(c) for c in chunk] if chunk else clip.retrieve(question, passages)
     options: dict[str, Any] = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [])
@@ -245,7 +260,7 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
            chunk_tokens: int = 128,
            max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence that passes, in nats.")] = 0.2,
            min_agreement: Annotated[float, typer.Option(help="Smallest top-1 agreement that passes.")] = 0.75,
-           dtype: DtypeOption = "float32", as_json: JsonOption = False) -> None:
+           kv: KvOption = "exact", dtype: DtypeOption = "float32", as_json: JsonOption = False) -> None:
     """The correctness gate for a model pair, on your own text; exits with 1 when a check fails."""
     from cacheclip_jax.demo import CORPUS
     from cacheclip_jax.documents import read_documents, split
@@ -254,7 +269,7 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
     documents = list(read_documents(sources or [str(CORPUS)]))
     _refuse_empty(documents, sources or [])
     method = configured_method("cacheclip", ratio, None, None, scoring)
-    clip = load(primary, aux, "memory://verify", dtype)
+    clip = load(primary, aux, f"memory://verify-{kv}", dtype, kv)
     pieces = [p for d in documents for p in split(d, clip.primary.model.tokenizer, chunk_tokens)]
     chosen = Retriever(pieces).top(question, passages)
     checks = run_checks(clip, question, chosen, method=method, max_kl=max_kl, min_agreement=min_agreement)
@@ -288,18 +303,18 @@ def demo(store: Annotated[str, typer.Option(help="Where the demo keeps its chunk
 def stats(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
     """What a store holds, by model, dtype and prefix."""
     s = _open(store).stats()
-    rows = [{"model": x.space.model_name, "fingerprint": x.space.model, "dtype": x.space.dtype,
+    rows = [{"model": x.space.model_name, "fingerprint": x.space.model, "dtype": x.space.dtype, "kv": x.space.kv,
              "prefix_tokens": len(x.space.prefix_ids), "chunks": x.chunks, "tokens": x.tokens, "bytes": x.nbytes,
              "bytes_per_token": x.bytes_per_token} for x in s.spaces]
     if as_json:
         _print_json({"documents": s.documents, "passages": s.passages, "chunks": s.chunks, "tokens": s.tokens,
                      "bytes": s.nbytes, "spaces": rows})
         return
-    table = Table("model", "dtype", "prefix", "chunks", "tokens", "MB", "kB/token",
+    table = Table("model", "dtype", "stored", "prefix", "chunks", "tokens", "MB", "kB/token",
                   title=f"{s.documents} documents, {s.passages} passages")
     for r in rows:
-        table.add_row(r["model"], r["dtype"], f"{r['prefix_tokens']} tokens", str(r["chunks"]), f"{r['tokens']:,}",
-                      f"{r['bytes'] / 1e6:,.1f}", f"{r['bytes_per_token'] / 1e3:.1f}")
+        table.add_row(r["model"], r["dtype"], r["kv"], f"{r['prefix_tokens']} tokens", str(r["chunks"]),
+                      f"{r['tokens']:,}", f"{r['bytes'] / 1e6:,.1f}", f"{r['bytes_per_token'] / 1e3:.1f}")
     out.print(table)
 
 
@@ -334,16 +349,27 @@ def store_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> Non
 
 
 @store_app.command()
-def rm(ids: Annotated[list[str], typer.Argument(help="Passage ids, or their beginnings.")],
+def rm(ids: Annotated[list[str] | None, typer.Argument(help="Passage ids, or their beginnings.")] = None,
+       document: Annotated[list[str] | None, typer.Option("--document", "-d", help="A whole document, by the name that "
+                                                          "`store ls` shows; repeatable.")] = None,
        store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Remove passages and their chunk caches."""
+    """Remove passages or documents, and their chunk caches."""
+    if not (ids or document):
+        raise BadInput("there is nothing to remove: give passage ids or --document NAME, as `cacheclip store ls` shows")
     opened = _open(store)
-    whole_ids = {opened.resolve(id) for id in ids}
-    dropped = opened.remove(*whole_ids)
+    whole_ids = {opened.resolve(id) for id in ids or ()}
+    dropped, removed = 0, len(whole_ids)
+    for name in document or ():
+        if not (own := {p.id for p in opened.passages() if p.document == name}):
+            raise BadInput(f"{opened.url} has no document {name!r}: `cacheclip store ls` lists what it has")
+        dropped += opened.withdraw(name)
+        removed += len(own - whole_ids)
+        whole_ids -= own
+    dropped += opened.remove(*whole_ids) if whole_ids else 0
     if as_json:
-        _print_json({"passages": len(whole_ids), "chunks": dropped})
+        _print_json({"passages": removed, "chunks": dropped})
     else:
-        out.print(f"{len(whole_ids)} passages and {dropped} chunk caches removed", highlight=False)
+        out.print(f"{removed} passages and {dropped} chunk caches removed", highlight=False)
 
 
 @store_app.command()
@@ -360,18 +386,37 @@ def gc(max_bytes: Annotated[int, typer.Option(help="Keep at most this many bytes
                   f"{report.bytes_left / 1e6:,.1f} MB left", highlight=False)
 
 
+@store_app.command()
+def pin(documents: Annotated[list[str] | None, typer.Argument(help="Names that `store ls` shows; none lists the pins.")
+                             ] = None,
+        remove: Annotated[bool, typer.Option("--remove", help="Unpin them.")] = False,
+        store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Keep documents' chunk caches from gc and from eviction off a local tier."""
+    opened = _open(store)
+    known = {p.document for p in opened.passages()} | set(opened.pinned()) if documents else set()
+    if unknown := sorted(set(documents or ()) - known):
+        raise BadInput(f"{opened.url} has no document {unknown[0]!r}: `cacheclip store ls` lists what it has")
+    for name in documents or ():
+        (opened.unpin if remove else opened.pin)(name)
+    if as_json:
+        _print_json({"pinned": opened.pinned()})
+    else:
+        out.print(*(escape(name) for name in opened.pinned()), sep="\n", highlight=False)
+
+
 # -------------------------------------------------------------------- shared
 
-def load(primary: str, aux: str, store: str, dtype: str):
+def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact"):
     """A CacheClip for a command's options; known models are pulled when they aren't there yet."""
     from cacheclip_jax.engine import CacheClip
     from cacheclip_jax.model.pull import MODELS
+    opened = _open(store, create=True, kv=kv)
     aux_name = None if aux == "none" else aux
     for name in (primary, aux_name):
         if name in MODELS:
             pull_with_progress(name)
     with err.status("loading models") if err.is_terminal else nullcontext():
-        return CacheClip.load(primary, aux_name, store, dtype=dtype)
+        return CacheClip.load(primary, aux_name, opened, dtype=dtype)
 
 
 def _refuse_empty(documents, sources: list[str]) -> None:
@@ -379,9 +424,13 @@ def _refuse_empty(documents, sources: list[str]) -> None:
         raise BadInput(f"there is nothing to read in {', '.join(sources)}: every document is empty")
 
 
-def _open(store: str):
+def _open(store: str, **options: Any):
+    """The namespace of a store that the command line names; it has to exist unless `create` is given."""
     from cacheclip_jax.store import ChunkStore
-    return ChunkStore.open(store, create=False)
+    context = click.get_current_context(silent=True)
+    names = ("namespace", "share", "local", "local_bytes") if context else ()
+    given = {name: context.find_root().params[name] for name in names}  # type: ignore[union-attr]
+    return ChunkStore.open(store, **{"create": False} | given | options)
 
 
 @contextmanager

@@ -104,8 +104,9 @@ class CacheClip:
         self._retriever: tuple[list[str], Retriever] | None = None
 
     @classmethod
-    def load(cls, primary: str | Path, aux: str | Path | None = None, store: str | Path = "cacheclip-store", *,
-             dtype: str = "bfloat16", aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
+    def load(cls, primary: str | Path, aux: str | Path | None = None,
+             store: str | Path | ChunkStore = "cacheclip-store", *, dtype: str = "bfloat16",
+             aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
              prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008
              host_bytes: int = HOST_BYTES, device_bytes: int = 0) -> CacheClip:
         """Load both models and open (or make) a store.
@@ -113,7 +114,7 @@ class CacheClip:
         Args:
           primary, aux: a name that `cacheclip pull` knows, a Hugging Face directory or hub id, or a .gguf file. Without
             an aux model every method but `cacheclip` works.
-          store: a path, or any URL that TensorStore takes (memory://, s3://, gs://).
+          store: a path, or any URL that TensorStore takes (memory://, s3://, gs://); or an open ChunkStore.
           dtype: of weights and caches, float32, bfloat16 or float16.
           aux_device: "cpu" runs the aux model on the host's CPU, beside the accelerator.
           mesh: splits the primary over its axis "model".
@@ -126,7 +127,7 @@ class CacheClip:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise BadInput(f"dtype {dtype!r} isn't supported: choose float32, bfloat16 or float16")
         enable_compilation_cache()
-        opened = ChunkStore.open(store)
+        opened = store if isinstance(store, ChunkStore) else ChunkStore.open(store)
         big = load_model(primary, dtype=dtype, mesh=mesh)
         small = None
         if aux is not None:
@@ -147,18 +148,20 @@ class CacheClip:
     # ---------------------------------------------------------------- index
 
     def index(self, items: Iterable[str | Document | Passage], *, chunk_tokens: int = 256, overlap: int = 0,
-              progress: Callable[[str, int], None] | None = None) -> IndexReport:
+              replace: bool = False, progress: Callable[[str, int], None] | None = None) -> IndexReport:
         """Split documents into passages, encode them with both models, store the caches.
 
         Texts and documents are split to `chunk_tokens` tokens of the primary; a Passage is taken as it is. What is in
         the store already is found, not made again, so an interrupted call resumes. `progress(kind, n)` hears of
-        "documents", "tokens", "bytes".
+        "documents", "tokens", "bytes". With `replace`, each document's passages take the place of those that an
+        earlier call stored under the same document name, in one step for readers; else they are added to them.
 
         Raises BadInput when there is nothing to index.
         """
         tell = progress or (lambda kind, n: None)
         started, documents, encoded, found, tokens, size = time.perf_counter(), 0, 0, 0, 0, 0
         ids: list[str] = []
+        replaced: set[str] = set()
         for passages, count in self._windows(items, chunk_tokens, overlap):
             documents += count
             ids += [p.id for p in passages]
@@ -174,6 +177,9 @@ class CacheClip:
                     tell("bytes", kv.nbytes)
                 for write in writes:
                     write.result()
+            names = {p.document for p in passages} - replaced if replace else set()
+            self.store.publish(passages, replace=names)
+            replaced |= names
             tell("documents", count)
         if not ids:
             raise BadInput("there is nothing to index: every document is empty")

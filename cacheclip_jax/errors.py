@@ -35,3 +35,7 @@ class ChunkCorrupt(StoreError):
     def __init__(self, message: str, chunk: str):
         super().__init__(message)
         self.chunk = chunk
+
+
+class ChunkUnreadable(ChunkCorrupt):
+    """A chunk cache that may be whole but can't be read now: no permission, or a bucket that doesn't answer."""

@@ -24,6 +24,9 @@ class Source(Protocol):
     def read_layer(self, layer: int, out: np.ndarray) -> None:
         """Copy a layer's [2, K, C, H] into `out`, as bytes. Raises ChunkCorrupt for bytes that fail their checksum."""
 
+    def done(self) -> None:
+        """Hear that every layer that was wanted has been read."""
+
 
 class InMemory:
     """A chunk cache that lies in host memory."""
@@ -34,6 +37,9 @@ class InMemory:
     def read_layer(self, layer: int, out: np.ndarray) -> None:
         """Copy a layer's bytes."""
         np.copyto(out, self._layers[layer])
+
+    def done(self) -> None:
+        """Nothing is left to do."""
 
 
 class LayerLoader:
@@ -154,6 +160,9 @@ class LayerLoader:
             with self._state:
                 self._filled[layer] += 1
                 self._state.notify_all()
+        for index in share:
+            if (source := self._sources[index]) is not None:
+                source.done()
 
     def _read(self, index: int, layer: int, out: np.ndarray) -> None:
         source = self._sources[index]

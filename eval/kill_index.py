@@ -81,7 +81,7 @@ def snapshot(url: Path) -> Digests:
     for entry in store.entries():
         pending = store.read(spaces[entry.space], entry.ids, entry.passage)
         if pending is not None:
-            found[f"chunk {entry.space}/{entry.chunk}"] = _sha(entry.to_json(), pending.result().tobytes())
+            found[f"chunk {entry.space}/{entry.chunk}"] = _sha(repr(entry).encode(), pending.result().tobytes())
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -335,6 +336,19 @@ def test_store_rm_removes_a_passage_with_its_chunk_caches(store, indexed):
     assert "2 chunk caches removed" in cacheclip("store", "rm", rest[0], "--store", store).out
 
 
+def test_index_replace_takes_the_place_of_a_document_and_rm_takes_it_out(store, models, tmp_path):
+    (tmp_path / "log.txt").write_text("The lamp burns oil.")
+    args = ("index", tmp_path / "log.txt", "--store", store, *models, "--replace", "--json")
+    old = cacheclip(*args).json["passages"]
+    (tmp_path / "log.txt").write_text("The mat is red.")
+    new = cacheclip(*args).json["passages"]
+    listed = cacheclip("store", "ls", "--store", store, "--json").json
+    assert [p["id"] for p in listed if p["document"] == "log.txt"] == new != old
+    assert cacheclip("store", "rm", "-d", "log.txt", "--store", store, "--json").json == {"passages": 1, "chunks": 4}
+    fails(cacheclip("store", "rm", "-d", "log.txt", "--store", store), "log.txt", "store ls")
+    fails(cacheclip("store", "rm", "--store", store), "--document NAME")
+
+
 def test_store_gc_frees_caches_and_keeps_texts(store, models, indexed):
     limit = indexed[1]["bytes"] // 2
     report = cacheclip("store", "gc", "--max-bytes", limit, "--store", store, "--json").json
@@ -592,20 +606,19 @@ def test_a_bad_tokenizer_config_is_one_line(ask, tmp_path):
 @contextmanager
 def unwritable() -> Iterator[None]:
     """Every write to a store fails as on a medium that is read-only."""
-    def refuse(self: Blobs, items) -> None:
-        for key, _ in items:
-            with translated("write", self.where(key)):
-                raise OSError("PERMISSION_DENIED: Failed to open: Read-only file system [os_error_code='30']")
+    def refuse(self: Blobs, key, parts) -> None:
+        with translated("write", self.where(key)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    with mock.patch.object(Blobs, "write_all", refuse):
+    with mock.patch.object(Blobs, "write_parts", refuse):
         yield
 
 
 def flip_a_byte(store: Path) -> None:
     """Damage one chunk cache's data."""
-    file = sorted(store.glob("kv/*/*/*/c.*"))[0]
+    file = sorted(store.glob("kv/*/*/*.kv"))[0]
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[-1] ^= 1
     file.write_bytes(data)
 
 

@@ -98,18 +98,18 @@ def test_index_finds_what_is_there_and_an_interrupted_one_resumes(fresh):
     assert (report.encoded, report.found, report.tokens) == (0, 2 * 68, 0)
 
 
-@pytest.mark.parametrize("file", ["c.*", "*.json"], ids=["data", "manifest"])
+@pytest.mark.parametrize("place", [-1, 500], ids=["data", "head"])
 @pytest.mark.parametrize("role", ["primary", "aux"])
-def test_a_flipped_byte_is_found_reported_and_repaired(fresh, tmp_path, role, file):
+def test_a_flipped_byte_is_found_reported_and_repaired(fresh, tmp_path, role, place):
     fresh.index(map(Passage.make, TEXTS[:4]))
     before = ask(fresh)
     caches = getattr(fresh, role)
     passage = Passage.make(TEXTS[1])
     space = caches.space("shared")
     chunk = space.chunk_key(caches.encoded(passage).ids)
-    (damaged,) = (tmp_path / "store").glob(f"kv/{space.key}/*/{chunk}{'/c.*' if file == 'c.*' else '.json'}")
+    (damaged,) = (tmp_path / "store").glob(f"kv/{space.key}/*/{chunk}.kv")
     data = bytearray(damaged.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[place] ^= 1
     damaged.write_bytes(data)
     after = ask(fresh)
     assert after.repaired == (passage.id,) and not after.encoded

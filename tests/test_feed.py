@@ -33,7 +33,8 @@ def prefilled(clip, chunks, method="cacheclip"):
     return done
 
 
-REQUESTS = [TEXTS[:3], TEXTS[:3], TEXTS[2::-1], TEXTS[1:5], [TEXTS[0], TEXTS[0], TEXTS[5]], TEXTS, TEXTS[:1], TEXTS[::-1]]
+REQUESTS = [TEXTS[:3], TEXTS[:3], TEXTS[2::-1], TEXTS[1:5], [TEXTS[0], TEXTS[0], TEXTS[5]], TEXTS, TEXTS[:1],
+            TEXTS[::-1]]
 
 
 @pytest.mark.parametrize("tokens", [0, 150, 300, 5000], ids=lambda n: f"tier-of-{n}")

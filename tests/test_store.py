@@ -5,43 +5,24 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput, CacheClipError, ChunkCorrupt, StoreError
-from cacheclip_jax.store import LAYOUT_VERSION, ChunkStore, Passage, Space, is_chunk_id
+from cacheclip_jax.store import LAYOUT_VERSION, ChunkStore, Passage, is_chunk_id
 from cacheclip_jax.store.blobs import Blobs, translated
 from eval import kill_index as script
 from eval.kill_index import write_random_chunks
-
-SPACE = Space("f00d", "tiny", "bfloat16", (1, 2, 3), num_layers=3, num_kv_heads=2, head_dim=8)
-
-
-def chunk(seed: int, tokens: int = 16, space: Space = SPACE):
-    """(passage, ids, spans, kv) of one chunk."""
-    rng = np.random.default_rng(seed)
-    passage = Passage.make(f"passage {seed}", "doc", seed * 100)
-    ids = rng.integers(0, 50_000, tokens).tolist()
-    spans = [(i, i + 1) for i in range(tokens)]
-    return passage, ids, spans, rng.standard_normal(space.shape(tokens)).astype(space.numpy_dtype)
-
-
-def put(store: ChunkStore, seed: int, space: Space = SPACE):
-    passage, ids, spans, kv = chunk(seed, space=space)
-    store.add_passages([passage])
-    store.write(space, passage.id, ids, spans, kv)
-    return passage, ids, kv
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+from tests.chunks import SPACE, chunk, put, same_bits
 
 
 @pytest.fixture
@@ -50,10 +31,11 @@ def store(tmp_path) -> ChunkStore:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("where", ["file", "memory"])
+@pytest.mark.parametrize("where", ["file", "tensorstore", "memory"])
 def test_what_is_read_is_bit_for_bit_what_was_written(where, dtype, tmp_path):
     space = replace(SPACE, dtype=dtype)
-    store = ChunkStore.open(tmp_path / "s" if where == "file" else f"memory://{dtype}-{tmp_path.name}")
+    url = f"memory://{dtype}-{tmp_path.name}" if where == "memory" else tmp_path / "s"
+    store = ChunkStore.open(url, direct=where != "tensorstore")
     passage, ids, spans, kv = chunk(0, space=space)
     assert not store.has(space, ids) and store.read(space, ids, passage.id) is None
     assert store.write(space, passage.id, ids, spans, jnp.asarray(kv))
@@ -63,6 +45,31 @@ def test_what_is_read_is_bit_for_bit_what_was_written(where, dtype, tmp_path):
     entry = store.entry(space, ids)
     assert (entry.passage, entry.ids, entry.nbytes) == (passage.id, tuple(ids), kv.nbytes)
     assert entry.spans == tuple(spans)
+    if where != "memory":
+        other = ChunkStore.open(url, direct=where == "tensorstore")
+        assert same_bits(other.read(space, ids, passage.id).result(), kv)
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_layers_stream_into_callers_buffers_from_many_threads(where, tmp_path):
+    store = ChunkStore.open(tmp_path if where == "file" else f"memory://{tmp_path.name}")
+    passage, ids, kv = put(store, 0)
+    pending = store.read(SPACE, ids, passage.id, eager=False)
+    staging = np.zeros((4, kv.nbytes), np.uint8)
+
+    def fill(i: int) -> None:
+        for layer in (2, 0, 1):
+            pending.read_layer_into(layer, staging[i].reshape(3, -1)[layer])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fill, range(4)))
+    assert all(row.tobytes() == kv.tobytes() for row in staging)
+    typed = np.empty_like(kv[1])
+    pending.read_layer_into(1, typed)
+    assert same_bits(typed, kv[1])
+    for bad in (staging[0], np.empty(kv[0].shape, np.int8), np.empty_like(kv[0]).swapaxes(0, 1)):
+        with pytest.raises(BadInput, match="C-contiguous"):
+            pending.read_layer_into(0, bad)
 
 
 def test_zeros_are_stored_like_any_other_values(store):
@@ -84,15 +91,6 @@ def test_many_are_read_at_once_and_the_missing_are_none(store):
     (one, ids, kv), (other, *_), (_, missing, *_) = put(store, 0), put(store, 1), chunk(2)
     found = store.read_all(SPACE, [(missing, other.id), (ids, one.id)])
     assert found[0] is None and same_bits(found[1].result(), kv)
-
-
-def test_repeated_reads_can_come_from_memory(tmp_path):
-    store = ChunkStore.open(tmp_path / "s", cache_bytes=1 << 20)
-    passage, ids, kv = put(store, 0)
-    assert same_bits(store.read(SPACE, ids, passage.id).result(), kv)
-    for shard in (tmp_path / "s").rglob("c.*"):
-        shard.unlink()
-    assert same_bits(store.read(SPACE, ids, passage.id).result(), kv)
 
 
 def test_writing_twice_is_a_no_op(store, tmp_path):
@@ -202,6 +200,7 @@ OTHERS = {
     "prefix": replace(SPACE, prefix_ids=(1, 2, 4)),
     "layers": replace(SPACE, num_layers=4),
     "KV heads": replace(SPACE, num_kv_heads=1),
+    "stored": replace(SPACE, kv="int8"),
     "layout": replace(SPACE, layout=LAYOUT_VERSION + 1),
 }
 
@@ -259,50 +258,37 @@ def test_two_processes_see_each_others_commits(tmp_path):
 
 
 def test_a_write_interrupted_anywhere_is_never_seen_and_can_be_done_again(tmp_path, monkeypatch):
-    write = Blobs.write
-    for step in range(3):  # the space, the description, and after the data the manifest
-        store = ChunkStore.open(tmp_path / str(step))
-        passage, ids, spans, kv = chunk(0)
-        left = step
+    passage, ids, spans, kv = chunk(0)
+    for call in ("open", "fchmod", "write", "fsync"):
+        for step in range(3):  # at the space, the head, the layers
+            store = ChunkStore.open(tmp_path / call / str(step))
+            left, real = step, getattr(os, call)
 
-        def interrupted(self, key, value):
-            nonlocal left
-            if left == 0:
-                raise KeyboardInterrupt
-            left -= 1
-            write(self, key, value)
+            def interrupted(*args, real=real, **kwargs):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+                return real(*args, **kwargs)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Blobs, "write", interrupted)
-            store.write(SPACE, passage.id, ids, spans, kv)
-        again = ChunkStore.open(tmp_path / str(step))
-        assert not again.has(SPACE, ids) and again.read(SPACE, ids, passage.id) is None
-        assert all(problem.harmless for problem in again.verify())
-        assert again.write(SPACE, passage.id, ids, spans, kv)
-        assert same_bits(again.read(SPACE, ids, passage.id).result(), kv)
+            with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+                patch.setattr(os, call, interrupted)
+                store.write(SPACE, passage.id, ids, spans, kv)
+            again = ChunkStore.open(store.url)
+            assert left >= 0 or call == "fsync" or not again.has(SPACE, ids)
+            assert all(problem.harmless for problem in again.verify())
+            again.write(SPACE, passage.id, ids, spans, kv)
+            assert same_bits(again.read(SPACE, ids, passage.id).result(), kv)
 
 
-def test_half_written_files_are_ignored_and_go_with_their_chunk(store, tmp_path):
+def test_half_written_files_are_ignored_and_gc_removes_them(store, tmp_path):
     passage, ids, kv = put(store, 0)
     for file in [p for p in tmp_path.rglob("*") if p.is_file()]:
         file.with_name(file.name + ".__lock").write_bytes(file.read_bytes()[:7])
-        file.with_name("." + file.name).write_bytes(b"?")
-    assert store.passages() == [passage] and store.verify() == []
+        file.with_name(".tmp-" + file.name).write_bytes(b"?")
+    assert store.passages() == [passage] and all(p.harmless for p in store.verify())
     assert same_bits(store.read(SPACE, ids, passage.id).result(), kv)
-    store.remove(passage.id)
-    assert not [p.name for p in tmp_path.rglob(f"*{SPACE.chunk_key(ids)}*/*")]
-
-
-def test_a_chunk_committed_while_its_read_starts_is_read(store):
-    passage, ids, spans, kv = chunk(0)
-    pending = store.read(SPACE, ids, passage.id)
-    assert pending is None
-    put(store, 0)
-    pending = store.read(SPACE, ids, passage.id)
-    failed = ts.open({"driver": "zarr3", "kvstore": "memory://nothing/", "open": True})
-    failed.exception()
-    pending._layers = [failed] * len(pending._layers)  # as if the data hadn't been there yet
-    assert same_bits(pending.result(), kv)
+    assert store.gc(1 << 40).orphans == 6 and store.verify() == []
 
 
 def test_readers_and_writers_may_share_a_store_between_threads(store):
@@ -330,9 +316,7 @@ KINDS = {
     "marker": "cacheclip.json",
     "passage": "passages/*/*.json",
     "space": "kv/*/space.json",
-    "manifest": "kv/*/??/*.json",
-    "metadata": "kv/*/??/*/zarr.json",
-    "data": "kv/*/??/*/c.*",
+    "data": "kv/*/??/*.kv",
 }
 
 
@@ -382,8 +366,8 @@ def test_damage_to_any_file_is_found_or_harmless_and_never_wrong_bytes(kind, dam
             assert got[0] in (was[0], None, ChunkCorrupt, StoreError)
             assert got[1] in (was[1], BadInput, ChunkCorrupt, StoreError)
         problems = {p.kind for p in store.verify()}
-        expected = {("manifest", "delete"): "orphan", ("passage", "delete"): "unowned"}.get((kind, damage), kind)
-        assert expected in problems or kind == "marker" or (kind, damage) == ("metadata", "flip")
+        expected = {("passage", "delete"): "unowned"}.get((kind, damage), kind)
+        assert expected in problems or kind == "marker" or (kind, damage) == ("data", "delete")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
     assert served(root) == good and store.verify() == []
@@ -391,22 +375,24 @@ def test_damage_to_any_file_is_found_or_harmless_and_never_wrong_bytes(kind, dam
 
 def test_damaged_data_names_the_passage_and_the_file_and_is_repaired_by_writing_again(store, tmp_path):
     passage, ids, kv = put(store, 0)
-    shard = next(tmp_path.rglob("c.*"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 3] ^= 4
-    shard.write_bytes(data)
-    with pytest.raises(ChunkCorrupt, match=f"{passage.id}.*{shard.parent}") as e:
+    file = next(tmp_path.rglob("*.kv"))
+    data = bytearray(file.read_bytes())
+    data[-kv.nbytes + 5] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ChunkCorrupt, match=f"{passage.id}.*{file}.*layer 0") as e:
         store.read(SPACE, ids, passage.id).result()
     assert e.value.chunk == passage.id
     assert same_bits(store.read(SPACE, ids, passage.id).layer(2), kv[2])  # the other layers are whole
     store.discard(SPACE, ids)
     assert store.write(SPACE, passage.id, ids, chunk(0)[2], kv)
     assert same_bits(store.read(SPACE, ids, passage.id).result(), kv)
+    store.discard(SPACE, ids)
+    assert store.has(SPACE, ids)  # what is whole stays
 
 
-def test_a_damaged_manifest_or_passage_is_repaired_by_writing_again(store, tmp_path):
+def test_a_damaged_head_or_passage_is_repaired_by_writing_again(store, tmp_path):
     passage, ids, kv = put(store, 0)
-    for pattern in (KINDS["manifest"], KINDS["passage"]):
+    for pattern in (KINDS["data"], KINDS["passage"]):
         next((tmp_path / "store").glob(pattern)).write_bytes(b"{}")
     assert not store.has(SPACE, ids)
     with pytest.raises(ChunkCorrupt, match=passage.id):
@@ -420,12 +406,12 @@ def test_a_damaged_manifest_or_passage_is_repaired_by_writing_again(store, tmp_p
 def test_files_swapped_between_chunks_are_found(store, tmp_path):
     put(store, 0)
     put(store, 1)
-    first, second = sorted((tmp_path / "store").glob(KINDS["manifest"]))
+    first, second = sorted((tmp_path / "store").glob(KINDS["data"]))
     first.write_bytes(second.read_bytes())
-    assert [p.kind for p in store.verify()] == ["manifest"]
+    assert [p.kind for p in store.verify()] == ["data"]
     first, second = sorted((tmp_path / "store").glob(KINDS["passage"]))
     first.write_bytes(second.read_bytes())
-    assert sorted(p.kind for p in store.verify()) == ["manifest", "passage"]
+    assert sorted(p.kind for p in store.verify()) == ["data", "passage"]
 
 
 # ------------------------------------------------------------------ opening
@@ -462,8 +448,7 @@ def test_a_creation_that_was_interrupted_can_be_done_again(tmp_path):
 def test_a_bucket_is_the_same_code_with_another_driver(url):
     blobs = Blobs.open(url)
     assert blobs.spec["bucket"] == "bucket" and blobs.spec["path"] in ("a/b/", "")
-    array = ChunkStore(blobs).array(SPACE, "ab" * 16, 16)
-    assert array.shape == SPACE.shape(16) and array.dtype.name == "bfloat16"
+    assert blobs.files is None and blobs.tier == "bucket" and blobs.below("x").spec["path"].endswith("x/")
 
 
 @pytest.mark.parametrize(
@@ -486,7 +471,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(store, tmp_path):
     done = kill_index("--writer", tmp_path / "store", "--chunks", 2, shell=limit)
     assert done.returncode == 1 and "store gc" in done.stderr, done.stderr
     assert [e.passage for e in store.entries()] == [passage.id]
-    assert {p.kind for p in store.verify()} == {"orphan"}
+    assert store.verify() == []
     assert same_bits(store.read(SPACE, ids, passage.id).result(), kv)
     write_random_chunks(tmp_path / "store", 2)
     assert store.verify() == [] and len(list(store.entries())) == 3
@@ -510,13 +495,13 @@ def test_stats_count_what_was_written(store):
 
 def test_verify_reports_its_progress_and_separates_the_harmless(store):
     put(store, 0)
-    _, ids, _ = put(store, 1)
-    store.blobs.delete(f"kv/{SPACE.key}/{SPACE.chunk_key(ids)[:2]}/{SPACE.chunk_key(ids)}.json")
+    put(store, 1)
     store.blobs.delete(f"passages/{chunk(0)[0].id[:2]}/{chunk(0)[0].id}.json")
+    (Path(store.url) / "passages/.tmp-1").write_bytes(b"?")
     seen = []
     problems = store.verify(lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 2), (2, 2)]
-    assert {p.kind for p in problems} == {"orphan", "unowned"} and all(p.harmless for p in problems)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert {p.kind for p in problems} == {"unfinished", "unowned"} and all(p.harmless for p in problems)
 
 
 def test_removing_a_passage_keeps_the_chunk_cache_of_its_twin(store):
@@ -525,7 +510,6 @@ def test_removing_a_passage_keeps_the_chunk_cache_of_its_twin(store):
     store.add_passages([passage, twin])
     store.write(SPACE, passage.id, ids, spans, kv)
     assert store.remove(passage.id[:8]) == 0
-    assert store.entry(SPACE, ids).passage == twin.id
     assert same_bits(store.read(SPACE, ids, twin.id).result(), kv)
     assert store.remove(twin.id) == 1
     assert not store.has(SPACE, ids) and store.verify() == []
@@ -553,15 +537,30 @@ def test_gc_drops_the_oldest_first_and_keeps_every_text(store):
     assert len(store.passages()) == 5 and store.verify() == []
 
 
-def test_gc_spares_a_write_under_way_and_removes_an_abandoned_one(store, tmp_path):
-    _, ids, kv = put(store, 0)
-    put(store, 1)
-    store.blobs.delete(f"kv/{SPACE.key}/{SPACE.chunk_key(ids)[:2]}/{SPACE.chunk_key(ids)}.json")
-    assert store.gc(max_bytes=1 << 40).orphans == 0
-    assert len(store.verify()) == 1
-    assert store.gc(max_bytes=1 << 40, grace=-1.0).orphans == 1
-    assert store.verify() == [] and store.has(SPACE, chunk(1)[1])
-    assert len(list(tmp_path.rglob("c.*"))) == 1
+def test_gc_spares_a_write_under_way_whatever_the_clock_says(store, tmp_path, monkeypatch):
+    passage, ids, spans, kv = chunk(0)
+    reports, real = [], os.fsync
+
+    def collect(fd):
+        real(fd)
+        if not reports:
+            for clock in (0.0, time.time(), 1e12):
+                with monkeypatch.context() as patch:
+                    patch.setattr(time, "time", lambda clock=clock: clock)
+                    reports.append(ChunkStore.open(store.url).gc(1 << 40, grace=-1.0))
+
+    store.write(SPACE, passage.id, ids[1:], spans[1:], kv[..., 1:, :])
+    monkeypatch.setattr(os, "fsync", collect)
+    store.write(SPACE, passage.id, ids, spans, kv)
+    assert [r.orphans for r in reports] == [0, 0, 0]
+    assert same_bits(store.read(SPACE, ids, passage.id).result(), kv)
+
+
+def test_what_is_being_read_can_be_removed_and_is_still_read(store):
+    passage, ids, kv = put(store, 0)
+    lazy, eager = (store.read(SPACE, ids, passage.id, eager=eager) for eager in (False, True))
+    assert store.gc(0).chunks == 1 and not store.has(SPACE, ids)
+    assert same_bits(lazy.layer(1), kv[1]) and same_bits(lazy.result(), kv) and same_bits(eager.result(), kv)
 
 
 def test_killing_the_writer_loses_nothing(tmp_path):

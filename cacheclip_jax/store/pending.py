@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Float
 
-from cacheclip_jax.errors import BadInput, ChunkCorrupt, StoreError
+from cacheclip_jax.errors import BadInput, ChunkCorrupt, ChunkUnreadable, StoreError
 from cacheclip_jax.store.blobs import FAILURES, translated
-from cacheclip_jax.store.layout import chunk_folder, manifest_file
+from cacheclip_jax.store.chunkfile import checksum, head_bytes, stored_layer_bytes, unpack_for
+from cacheclip_jax.store.layout import chunk_file
+from cacheclip_jax.store.quantize import dequantize
 from cacheclip_jax.store.records import Entry, Space
 
 if TYPE_CHECKING:
     from cacheclip_jax.store.store import ChunkStore
 
-# What else goes wrong with committed data means that it is damaged.
-_NOT_THE_DATA = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+_TASK_BYTES = 1 << 20
+# A failure with one of these says nothing about the data, which may be whole.
+_NOT_THE_DATA = ("Permission", "PERMISSION", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE", "CURL", "Too many open",
+                 "can't be reached")
 
 
 class PendingKV:
-    """The manifest and every layer of one chunk cache, all of them being read from the start."""
+    """One chunk cache being read.
+
+    An eager one reads every layer from the start, in background threads, for `layer` and `result`. One that isn't
+    reads nothing but its head before it is asked: for `read_layer_into`, which any number of threads may call at once,
+    each with a buffer of its own.
+    """
 
     def __init__(
         self,
@@ -32,78 +43,143 @@ class PendingKV:
         ids: Sequence[int],
         passage_id: str,
         out: np.ndarray | None = None,
+        eager: bool = True,
     ):
         shape, dtype, chunk = space.shape(len(ids)), space.numpy_dtype, space.chunk_key(ids)
-        out = np.empty(shape, dtype) if out is None else out
-        if (out.shape, out.dtype) != (shape, dtype):
+        if out is not None and (out.shape, out.dtype) != (shape, dtype):
             raise BadInput(f"`out` is {out.dtype}{list(out.shape)}, not {space.dtype}{list(shape)}.")
-        self._space, self._ids, self._passage, self._out = space, ids, passage_id, out
-        self._where = store.blobs.where(chunk_folder(space.key, chunk))
-        self._manifest = store.blobs.kv.read(manifest_file(space.key, chunk))
-        self._source = store.array(space, chunk, len(ids), cached=True)
-        self._target = ts.array(out, copy=False)
-        self._layers = [self._start(layer) for layer in range(space.num_layers)]
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the chunk cache."""
-        return self._space.num_layers
-
-    def _start(self, layer: int) -> ts.WriteFutures:
-        return self._target[layer].write(self._source[layer])
+        self._store, self._space, self._ids, self._passage, self._out = store, space, ids, passage_id, out
+        key = chunk_file(space.key, chunk)
+        self._where = store.pool.where(key)
+        self._head, self._step = head_bytes(space.num_layers, len(ids)), stored_layer_bytes(space, len(ids))
+        self._size = self._head + space.num_layers * self._step
+        self._layers: list[Future[None]] = []
+        self._eager, self._began, self._done = eager, time.perf_counter(), False
+        self._failure: Exception | None = None
+        self._source, self._tier = None, store.pool.tier
+        try:
+            self._source = store.pool.source(key, self._head, self._size if eager else None)
+        except (*FAILURES, StoreError) as e:
+            self._failure = e
 
     @cached_property
-    def _entry(self) -> Entry | ValueError | None:
+    def _entry(self) -> Entry | ChunkCorrupt | None:
+        """The entry, None when there is no such chunk, or why it can't be used."""
         try:
-            with translated("read", f"{self._where}.json"):
-                manifest = self._manifest.result()
-            if manifest.state == "value":
-                return Entry.parse(manifest.value, self._space, self._ids)
-            flaw = None
-        except ValueError as e:
-            flaw = e
-        except StoreError:
-            self._settle()
-            raise
-        self._settle()
-        return flaw
-
-    def _settle(self) -> None:
-        """Waits until nothing is being read into `out`, which after a failure is the caller's again."""
-        for layer in self._layers:
-            layer.exception()
+            if self._failure or self._source is None:
+                raise self._failure or StoreError("it was closed")
+            head = np.empty(self._head, np.uint8)
+            self._source.read_into(0, head)
+            entry = unpack_for(head.tobytes(), self._space, self._ids)
+        except FileNotFoundError:
+            return None
+        except (*FAILURES, StoreError) as e:
+            return self._flaw(e)
+        if self._eager:
+            self._start()
+        return entry
 
     def unless_missing(self) -> PendingKV | None:
-        """Itself, or None when the store has no such chunk cache; waits for the manifest."""
-        return None if self._entry is None else self
+        """Itself, or None when the store has no such chunk cache; waits for the beginning of it."""
+        if self._entry is None:
+            self._store.metrics.count("misses", self._tier)
+            return None
+        return self
+
+    def _start(self) -> None:
+        """Begins to read every layer into `out`, some at a time where they are small."""
+        if self._out is None:
+            self._out = np.empty(self._space.shape(len(self._ids)), self._space.numpy_dtype)
+        some, layers = max(1, _TASK_BYTES // self._step), self._space.num_layers
+        for first in range(0, layers, some):
+            last = min(layers, first + some)
+            task = self._store.readers.submit(self._load, first, self._out[first:last])
+            self._layers += [task] * (last - first)
+
+    def _load(self, first: int, out: Float[np.ndarray, "S 2 K C H"]) -> None:
+        """Reads, checks and (where they were quantised) expands consecutive layers."""
+        entry, source = self._entry, self._source
+        assert isinstance(entry, Entry) and source is not None
+        offset = self._head + first * self._step
+        straight = self._space.kv == "exact" and out.flags.c_contiguous
+        data = out.reshape(-1).view(np.uint8) if straight else np.empty(len(out) * self._step, np.uint8)
+        source.read_into(offset, data)
+        self._store.metrics.count("bytes_read", self._tier, data.nbytes)
+        for i, layer in enumerate(out):
+            stored = data[i * self._step : (i + 1) * self._step]
+            if checksum(stored) != entry.crcs[first + i]:
+                raise ValueError(f"layer {first + i} fails its checksum")
+            if self._space.kv != "exact":
+                dequantize(self._space.kv, stored, layer)
+            elif not straight:
+                layer[...] = stored.view(layer.dtype).reshape(layer.shape)
+
+    def read_layer_into(self, layer: int, buffer: np.ndarray) -> None:
+        """Fills a caller's buffer with one layer [2, K, C, H], in the calling thread.
+
+        `buffer` is C-contiguous and writable, of the space's dtype or uint8, of any shape with the layer's number of
+        bytes: 2 * K * C * H * itemsize. Bytes go from the file to the buffer without another copy, and are checked
+        before this returns; Python's lock is free meanwhile. Threads may ask for the same or different layers, in any
+        order. Raises as `layer` does; the buffer then holds anything.
+        """
+        shape, dtype = self._space.shape(len(self._ids))[1:], self._space.numpy_dtype
+        size = int(np.prod(shape)) * dtype.itemsize
+        if buffer.nbytes != size or not buffer.flags.c_contiguous or buffer.dtype not in (dtype, np.uint8):
+            raise BadInput(
+                f"The buffer is {buffer.dtype}{list(buffer.shape)} of {buffer.nbytes} bytes; a layer takes a "
+                f"C-contiguous one of {dtype} or uint8 with {size} bytes."
+            )
+        with self._judged():
+            self._load(layer, buffer.reshape(-1).view(dtype).reshape(1, *shape))
 
     def layer(self, layer: int) -> Float[np.ndarray, "2 K C H"]:
-        """Waits for one layer; raises ChunkCorrupt when it is damaged, StoreError when it can't be read."""
-        if isinstance(self._entry, ValueError):
-            raise self._damaged(f"{self._where}.json: {self._entry}.") from self._entry
-        try:
-            self._layers[layer].result()
-        except FAILURES:
-            # Another process may have committed the chunk between our reads of its data and of its manifest.
-            self._read_again(layer)
+        """Waits for one layer; raises ChunkCorrupt when it is damaged, ChunkUnreadable when it can't be read now."""
+        with self._judged():
+            if not self._layers:
+                self._start()
+            if self._layers[layer].exception() is not None:
+                # It was read together with others: this one may be whole.
+                assert self._out is not None
+                self._load(layer, self._out[layer : layer + 1])
+        assert self._out is not None
         return self._out[layer]
-
-    def _read_again(self, layer: int) -> None:
-        self._settle()
-        try:
-            with translated("read", self._where):
-                self._start(layer).result()
-        except StoreError as e:
-            if any(sign in str(e) for sign in _NOT_THE_DATA):
-                raise
-            raise self._damaged(str(e)) from e
-
-    def _damaged(self, how: str) -> ChunkCorrupt:
-        message = f"The chunk cache of passage {self._passage} is damaged and has to be encoded again: {how}"
-        return ChunkCorrupt(message, chunk=self._passage)
 
     def result(self) -> Float[np.ndarray, "L 2 K C H"]:
         """Waits for all layers; raises as `layer` does."""
-        for layer in range(self._space.num_layers):
-            self.layer(layer)
+        if not self._layers or any(task.exception() is not None for task in self._layers):
+            for layer in range(self._space.num_layers):
+                self.layer(layer)
+        assert self._out is not None and self._source is not None
+        if not self._done:
+            self._done = True
+            self._source.close()
+            self._store.metrics.count("hits", self._tier)
+            self._store.metrics.time("read", self._tier, time.perf_counter() - self._began)
         return self._out
+
+    @contextmanager
+    def _judged(self):
+        """Turns any failure into what is wrong with the chunk; `out` is the caller's again then."""
+        if isinstance(self._entry, ChunkCorrupt):
+            raise self._entry
+        try:
+            yield
+        except (*FAILURES, StoreError) as e:
+            for task in self._layers:
+                task.exception()
+            raise self._flaw(e) from e
+
+    def _flaw(self, e: Exception) -> ChunkCorrupt:
+        """What a failure says about the chunk."""
+        try:
+            with translated("read", self._where):
+                raise e
+        except StoreError as translation:  # or what it was already
+            how = str(translation)
+        if any(sign in how for sign in _NOT_THE_DATA):
+            self._store.metrics.count("unreadable", self._tier)
+            message = f"The chunk cache of passage {self._passage} can't be read now: {how}"
+            return ChunkUnreadable(message, chunk=self._passage)
+        self._store.metrics.count("damaged", self._tier)
+        message = f"The chunk cache of passage {self._passage} is damaged and has to be encoded again: {how}"
+        return ChunkCorrupt(message, chunk=self._passage)

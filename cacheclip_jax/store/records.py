@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +14,9 @@ import numpy as np
 import tensorstore as ts
 
 from cacheclip_jax.errors import BadInput
+from cacheclip_jax.store.quantize import KINDS, Kind
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 ID_DIGITS = 16
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -54,7 +53,8 @@ class Passage:
 class Space:
     """Everything that two chunk caches must agree on to be interchangeable.
 
-    `model` is the fingerprint of the weights; `model_name` is for people and isn't part of the key.
+    `model` is the fingerprint of the weights; `model_name` is for people and isn't part of the key. `dtype` is what
+    caches are read as, `kv` how their values are stored: exact, or int8 or fp8 with scales.
     """
 
     model: str
@@ -64,15 +64,21 @@ class Space:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    kv: Kind = "exact"
     layout: int = LAYOUT_VERSION
 
     def __post_init__(self):
+        if self.kv not in KINDS:
+            raise BadInput(f"A chunk cache's values can't be stored as {self.kv}: choose one of {', '.join(KINDS)}.")
         if self.dtype not in DTYPES:
             raise BadInput(f"A chunk cache can't be stored as {self.dtype}: choose one of {', '.join(DTYPES)}.")
 
     @cached_property
     def key(self) -> str:
-        return _digest({**asdict(self), "model_name": None})[:32]
+        parts = {**asdict(self), "model_name": None}
+        if self.layout < 2:
+            del parts["kv"]
+        return _digest(parts)[:32]
 
     def chunk_key(self, ids: Sequence[int]) -> str:
         return hashlib.sha256(self.key.encode() + np.asarray(ids, "<i4").tobytes()).hexdigest()[:32]
@@ -96,56 +102,62 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """The manifest of one committed chunk cache; `spans` are the tokens' characters in the passage's text."""
+class Version:
+    """The passages that a document has now; none once it is withdrawn."""
 
-    space: str
-    chunk: str
-    passage: str
-    ids: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
-    shape: tuple[int, ...]
-    nbytes: int
+    document: str
+    passages: tuple[str, ...]
     created: float
-
-    @classmethod
-    def make(cls, space: Space, passage: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> Entry:
-        shape = space.shape(len(ids))
-        size = math.prod(shape) * space.numpy_dtype.itemsize
-        return cls(
-            space.key,
-            space.chunk_key(ids),
-            passage,
-            _ints(ids),
-            _frozen(np.asarray(spans).tolist()),
-            shape,
-            size,
-            time.time(),
-        )
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids)
 
     def to_json(self) -> bytes:
         return seal(asdict(self))
 
     @classmethod
-    def from_json(cls, data: bytes) -> Entry:
+    def from_json(cls, data: bytes) -> Version:
         return _parse(cls, unseal(data))
 
-    @classmethod
-    def parse(cls, data: bytes, space: Space, ids: Sequence[int]) -> Entry:
-        """The manifest of exactly this chunk; raises ValueError for anything else."""
-        entry = cls.from_json(data)
-        wanted = (space.key, space.chunk_key(ids), _ints(ids), space.shape(len(ids)))
-        if (entry.space, entry.chunk, entry.ids, entry.shape) != wanted:
-            raise ValueError("it describes another chunk")
-        return entry
 
-    def inherited(self, passage: str) -> Entry:
-        """The same chunk cache as another passage's with the same text."""
-        return replace(self, passage=passage)
+@dataclass(frozen=True)
+class Entry:
+    """What one committed chunk cache says of itself.
+
+    `passage` is the one that it was written for and `text` a hash of that one's text, where the store had it: every
+    passage with this text can use it. `ids` and `spans` (the tokens' characters in the text) are known where the
+    whole head of the object was read. `nbytes` are those of K and V as stored.
+    """
+
+    space: str
+    chunk: str
+    passage: str
+    text: str
+    shape: tuple[int, ...]
+    kv: Kind
+    nbytes: int
+    created: float
+    tables: bytes = field(default=b"", repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[3]
+
+    @cached_property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(np.frombuffer(self.tables, "<i4", self.tokens).tolist())
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        pairs = np.frombuffer(self.tables, "<i4", 2 * self.tokens, 4 * self.tokens).reshape(-1, 2)
+        return tuple(map(tuple, pairs.tolist()))
+
+    @cached_property
+    def crcs(self) -> list[int]:
+        """The checksum of every layer."""
+        return np.frombuffer(self.tables, "<u4", self.shape[0], 12 * self.tokens).tolist()
+
+
+def text_id(text: str) -> str:
+    """A hash that equal texts share."""
+    return _digest(text)[:ID_DIGITS]
 
 
 def is_chunk_id(text: str) -> bool:
@@ -192,10 +204,6 @@ def _parse[T](cls: type[T], record: dict) -> T:
         return cls(**{name: _frozen(value) for name, value in record.items()})
     except (AttributeError, TypeError, BadInput) as e:
         raise ValueError(f"it isn't a {cls.__name__.lower()} of this version") from e
-
-
-def _ints(ids: Sequence[int]) -> tuple[int, ...]:
-    return tuple(np.asarray(ids).tolist())
 
 
 def _frozen(value: Any) -> Any:

@@ -3,57 +3,110 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Float
 
-from cacheclip_jax.errors import BadInput, ChunkCorrupt, StoreError
-from cacheclip_jax.store import layout, maintain
+from cacheclip_jax.errors import BadInput, ChunkCorrupt, ChunkUnreadable, StoreError
+from cacheclip_jax.store import audit, layout, maintain, pins, versions
 from cacheclip_jax.store.blobs import Blobs, translated
+from cacheclip_jax.store.chunkfile import head_bytes, pack, stored_layer_bytes, unpack_for
+from cacheclip_jax.store.metrics import Metrics
 from cacheclip_jax.store.pending import PendingKV
-from cacheclip_jax.store.records import ID_DIGITS, LAYOUT_VERSION, Entry, Passage, Space, is_chunk_id
+from cacheclip_jax.store.quantize import KINDS, Kind
+from cacheclip_jax.store.records import ID_DIGITS, LAYOUT_VERSION, Entry, Passage, Space, is_chunk_id, text_id
+from cacheclip_jax.store.tier import TieredBlobs
 
 if TYPE_CHECKING:
     import jax
 
 _WRITERS = 4
+_READERS = min(8, max(4, os.cpu_count() or 1))
+_NAMESPACE = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LIST = "`cacheclip store ls` lists the ids."
 
 
 class ChunkStore:
-    """Passages and chunk caches under one URL; safe to share between threads and processes."""
+    """Passages and chunk caches under one URL; safe to share between threads and processes.
 
-    def __init__(self, blobs: Blobs, cache_bytes: int = 0):
+    `blobs` holds passages and documents, `pool` the chunk caches: the same place, unless a namespace shares those.
+    `kv` is how chunk caches that are written here keep their values (see Space); `metrics` counts what happens.
+    """
+
+    def __init__(
+        self, blobs: Blobs | TieredBlobs, kv: Kind = "exact", pool: Blobs | TieredBlobs | None = None
+    ):
         self.blobs = blobs
-        self._cache = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}}, parent=blobs.context)
-        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="chunk-store")
+        self.pool = pool or blobs
+        self.kv = kv
+        self.metrics = Metrics()
+        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="chunk-reader")
+        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="chunk-writer")
         self._slots = BoundedSemaphore(2 * _WRITERS)
         self._known_spaces: set[str] = set()
+        self._pins: tuple[float, set[str]] | None = None
+        for place in (self.blobs, self.pool):
+            if isinstance(place, TieredBlobs):
+                place.protected, place.on = self.pinned_texts, self.metrics.count
+        self.document_of: dict[str, str] = {}  # of passages, which never change
 
     @classmethod
-    def open(cls, url: str | Path, *, create: bool = True, cache_bytes: int = 0) -> ChunkStore:
+    def open(
+        cls,
+        url: str | Path,
+        *,
+        create: bool = True,
+        kv: Kind = "exact",
+        namespace: str = "",
+        share: bool = False,
+        local: str | Path | None = None,
+        local_bytes: int = 50_000_000_000,
+        direct: bool = True,
+    ) -> ChunkStore:
         """Opens the store at a directory or a file://, memory://, s3:// or gs:// URL.
 
-        `cache_bytes` of what was read stay in host memory. Raises BadInput for another kind of URL, and
-        StoreError for a place that can't be read or written, holds something else or has a newer layout.
+        A namespace has passages, documents and chunk caches of its own, and no way to those of others; it doesn't
+        learn either, from a hit that comes sooner, what they have stored. With `share` its chunk caches are those of
+        the default namespace, so that equal passages are encoded once. `local` names a directory that keeps copies
+        of at most `local_bytes` of chunk caches of a bucket, and takes writes before them: `flush` waits until the
+        bucket has those. `direct=False` leaves a local directory to
+        TensorStore, like every other place.
+
+        Raises BadInput for another kind of URL or a bad name, and StoreError for a place that can't be read or
+        written, holds something else or has a newer layout. Chunk caches of an older layout are encoded again when
+        they are next wanted.
         """
-        blobs = Blobs.open(url)
+        if kv not in KINDS:
+            raise BadInput(f"kv={kv!r} is unknown: chunk caches are stored as one of {', '.join(KINDS)}.")
+        if namespace and not _NAMESPACE.fullmatch(namespace):
+            raise BadInput(f"{namespace!r} can't be a namespace: take up to 63 of a-z, 0-9, '-', '_', a letter first.")
+        blobs: Blobs | TieredBlobs = Blobs.open(url, direct=direct)
+        if local is not None:
+            if blobs.tier != "bucket" and blobs.tier != "memory":
+                raise BadInput(f"{blobs.url} is local itself: a local tier goes before a bucket.")
+            blobs = TieredBlobs(blobs, Blobs.open(local), local_bytes)  # type: ignore[arg-type]
         if blobs.directory and blobs.directory.exists() and not blobs.directory.is_dir():
             raise StoreError(f"{blobs.url} is a file: a chunk store is a directory, so name another --store.")
-        if (marker := blobs.read(layout.MARKER)) is not None:
-            _check_layout(blobs, marker)
-        elif not create:
-            raise StoreError(f"There is no chunk store at {blobs.url}: `cacheclip index` makes one.")
-        else:
+        if (marker := blobs.read(layout.MARKER)) is None:
+            if not create:
+                raise StoreError(f"There is no chunk store at {blobs.url}: `cacheclip index` makes one.")
             _check_empty(blobs)
-            blobs.write(layout.MARKER, json.dumps({"layout": LAYOUT_VERSION}).encode())
-        return cls(blobs, cache_bytes)
+            blobs.write(layout.MARKER, _marker())
+        elif _layout(blobs, marker) < LAYOUT_VERSION and create:
+            with suppress(StoreError):  # a store that can't be written can still be read
+                blobs.write(layout.MARKER, _marker())
+        if not namespace:
+            return cls(blobs, kv)
+        return cls(blobs.below(layout.namespace_folder(namespace)), kv, blobs if share else None)
 
     @property
     def url(self) -> str:
@@ -64,15 +117,18 @@ class ChunkStore:
         new = {layout.passage_file(p.id): p.to_json() for p in passages}
         self.blobs.write_all((file, new[file]) for file, old in self.blobs.read_all(new) if old != new[file])
 
-    def passage_ids(self, prefix: str = "") -> list[str]:
+    def passage_ids(self, prefix: str = "", *, all: bool = False) -> list[str]:
+        """Ids that begin with `prefix`, without those of documents' older versions unless `all`."""
         files = self.blobs.list(layout.passage_stem(prefix))
-        return [match[1] for match in map(layout.PASSAGE.fullmatch, files) if match]
+        ids = [match[1] for match in map(layout.PASSAGE.fullmatch, files) if match]
+        old = {} if all else versions.outdated(self, ids)
+        return [id for id in ids if id not in old] if old else ids
 
     def resolve(self, prefix: str) -> str:
         """The one passage id that begins with `prefix`; raises BadInput when there is none or several."""
         if not is_chunk_id(prefix):
             raise BadInput(f"{prefix!r} is no passage id, which is {ID_DIGITS} digits of 0-9 and a-f: {_LIST}")
-        found = self.passage_ids(prefix)
+        found = self.passage_ids(prefix, all=True)
         if not found:
             raise BadInput(f"{self.url} has no passage {prefix}: {_LIST}")
         if len(found) > 1:
@@ -114,22 +170,23 @@ class ChunkStore:
                 yield id, ChunkCorrupt(f"{what} {way_out}", chunk=id)
 
     def has(self, space: Space, ids: Sequence[int]) -> bool:
-        """Whether the chunk cache is committed; one with a damaged manifest isn't."""
+        """Whether the chunk cache is committed; one whose head is damaged or can't be read isn't."""
         try:
             return self.entry(space, ids) is not None
-        except ChunkCorrupt:
+        except StoreError:
             return False
 
     def entry(self, space: Space, ids: Sequence[int]) -> Entry | None:
-        """The manifest of a chunk cache, None when there is none; raises ChunkCorrupt."""
+        """What a chunk cache says of itself, None when there is none; raises ChunkCorrupt."""
         chunk = space.chunk_key(ids)
-        file = layout.manifest_file(space.key, chunk)
-        if (data := self.blobs.read(file)) is None:
+        file = layout.chunk_file(space.key, chunk)
+        ((_, head),) = self.pool.read_all([file], first=head_bytes(space.num_layers, len(ids)))
+        if head is None:
             return None
         try:
-            return Entry.parse(data, space, ids)
+            return unpack_for(head, space, ids)
         except ValueError as e:
-            raise ChunkCorrupt(f"The manifest {self.blobs.where(file)} is damaged: {e}.", chunk=chunk) from e
+            raise ChunkCorrupt(f"The chunk cache {self.pool.where(file)} is damaged: {e}.", chunk=chunk) from e
 
     def write(
         self,
@@ -149,16 +206,29 @@ class ChunkStore:
         _check_kv(space, ids, spans, kv)
         host = np.asarray(kv)
         _check_finite(passage_id, host)
-        entry = Entry.make(space, passage_id, ids, spans)
-        chunk = entry.chunk
+        entry = Entry(
+            space=space.key,
+            chunk=space.chunk_key(ids),
+            passage=passage_id,
+            text=self._text(passage_id),
+            shape=space.shape(len(ids)),
+            kv=space.kv,
+            nbytes=space.num_layers * stored_layer_bytes(space, len(ids)),
+            created=time.time(),
+        )
         self._write_space(space)
-        # Not by TensorStore: the time in it tells gc an abandoned write from one under way, on any driver.
-        description = layout.metadata(space, len(ids)) | {"attributes": {"created": entry.created}}
-        self.blobs.write(layout.metadata_file(space.key, chunk), json.dumps(description).encode())
-        with translated("write", self.blobs.where(layout.chunk_folder(space.key, chunk))):
-            self.array(space, chunk, len(ids)).write(host).result()
-        self.blobs.write(layout.manifest_file(space.key, chunk), entry.to_json())
+        began = time.perf_counter()
+        self.pool.write_parts(layout.chunk_file(space.key, entry.chunk), pack(space, entry, ids, spans, host))
+        self.metrics.count("writes", self.pool.tier)
+        self.metrics.count("bytes_written", self.pool.tier, entry.nbytes)
+        self.metrics.time("write", self.pool.tier, time.perf_counter() - began)
         return True
+
+    def _text(self, passage_id: str) -> str:
+        """The hash of a passage's text; empty when the store doesn't have it."""
+        found = dict(self.read_passages([passage_id] if is_chunk_id(passage_id) else []))
+        passage = found.get(passage_id)
+        return text_id(passage.text) if isinstance(passage, Passage) else ""
 
     def write_async(
         self,
@@ -182,11 +252,11 @@ class ChunkStore:
             return
         file = layout.space_file(space.key)
         try:
-            known = Space.from_json(self.blobs.read(file) or b"").key == space.key
+            known = Space.from_json(self.pool.read(file) or b"").key == space.key
         except ValueError:
             known = False
         if not known:
-            self.blobs.write(file, space.to_json())
+            self.pool.write(file, space.to_json())
         self._known_spaces.add(space.key)
 
     def read(
@@ -195,55 +265,79 @@ class ChunkStore:
         ids: Sequence[int],
         passage_id: str,
         out: Float[np.ndarray, "L 2 K C H"] | None = None,
+        *,
+        eager: bool = True,
     ) -> PendingKV | None:
         """Starts to read a chunk cache; None when there is none. What is damaged shows in the `result()`.
 
-        `out` is where to: a buffer that was used before is filled up to twice as fast as a new one.
+        `out` is where to: a buffer that was used before is filled faster than a new one. With `eager=False` nothing
+        is read but the chunk's head, for callers of `PendingKV.read_layer_into`.
         """
-        return PendingKV(self, space, ids, passage_id, out).unless_missing()
+        return PendingKV(self, space, ids, passage_id, out, eager).unless_missing()
 
-    def read_all(self, space: Space, chunks: Iterable[tuple[Sequence[int], str]]) -> list[PendingKV | None]:
+    def read_all(
+        self, space: Space, chunks: Iterable[tuple[Sequence[int], str]], *, eager: bool = True
+    ) -> list[PendingKV | None]:
         """`read` for (ids, passage id) pairs, in one round trip: what counts in a bucket."""
-        pending = [PendingKV(self, space, ids, passage_id) for ids, passage_id in chunks]
+        pending = [PendingKV(self, space, ids, passage_id, None, eager) for ids, passage_id in chunks]
         return [one.unless_missing() for one in pending]
 
-    def array(self, space: Space, chunk: str, tokens: int, *, cached: bool = False) -> ts.TensorStore:
-        """The array of a chunk cache. Space and length say what it is like, so nothing is read."""
-        folder = layout.chunk_folder(space.key, chunk)
-        spec = {
-            "driver": "zarr3",
-            "kvstore": self.blobs.spec | {"path": f"{self.blobs.spec['path']}{folder}/"},
-            "metadata": layout.metadata(space, tokens),
-            "open": True,
-            "assume_metadata": True,
-            # A committed array never changes.
-            "recheck_cached_data": False,
-            # Zeros are data like any other: stored when written, never made up when missing.
-            "store_data_equal_to_fill_value": True,
-            "fill_missing_data_reads": False,
-        }
-        return ts.open(spec, context=self._cache if cached else self.blobs.context).result()
-
     def discard(self, space: Space, ids: Sequence[int]) -> None:
-        """Removes a chunk cache, as before one that is damaged is written again."""
-        self.drop(space.key, space.chunk_key(ids))
+        """Removes a chunk cache if it is damaged, as before it is written again.
+
+        One that is whole stays: another process may have repaired it meanwhile, or it couldn't be read for a while,
+        or a local copy was damaged and the bucket's isn't.
+        """
+        if isinstance(self.pool, TieredBlobs):
+            self.pool.forget(layout.chunk_file(space.key, space.chunk_key(ids)))
+        try:
+            if (pending := self.read(space, ids, "")) is not None:
+                pending.result()
+        except ChunkUnreadable:
+            return
+        except ChunkCorrupt:
+            self.drop(space.key, space.chunk_key(ids))
 
     def drop(self, space: str, chunk: str) -> None:
-        """Removes a chunk cache by its keys: manifest first, then all of its data, unfinished writes' too."""
-        folder = layout.chunk_folder(space, chunk)
-        self.blobs.delete(layout.manifest_file(space, chunk))
-        self.blobs.delete_range(f"{folder}.", f"{folder}0")  # "/" lies between "." and "0"
+        """Removes a chunk cache by its keys; who is reading it on a local disk can finish."""
+        self.pool.delete(layout.chunk_file(space, chunk))
 
+    def flush(self, timeout: float = 600.0) -> None:
+        """Waits until a bucket behind a local tier has all that was written; raises StoreError when it hasn't."""
+        for place in (self.blobs, self.pool):
+            if isinstance(place, TieredBlobs):
+                place.flush(timeout)
+
+    def pinned_texts(self) -> set[str]:
+        """What is pinned, by text; up to a minute old, because every eviction asks."""
+        if self._pins is None or time.monotonic() - self._pins[0] > 60:
+            self._pins = (time.monotonic(), pins.pinned_texts(self))
+        return self._pins[1]
+
+    def forget_pins(self) -> None:
+        self._pins = None
+
+    pin = pins.pin
+    unpin = pins.unpin
+    pinned = pins.pinned
+    publish = versions.publish
+    withdraw = versions.withdraw
+    versions = versions.versions
     spaces = maintain.spaces
     explain_miss = maintain.explain_miss
     entries = maintain.entries
     stats = maintain.stats
-    verify = maintain.verify
+    verify = audit.verify
     remove = maintain.remove
     gc = maintain.gc
 
 
-def _check_layout(blobs: Blobs, marker: bytes) -> None:
+def _marker() -> bytes:
+    return json.dumps({"layout": LAYOUT_VERSION}).encode()
+
+
+def _layout(blobs: Blobs | TieredBlobs, marker: bytes) -> int:
+    """The store's layout; raises StoreError for one that this version doesn't know."""
     try:
         version = int(json.loads(marker)["layout"])
     except (ValueError, KeyError, TypeError) as e:
@@ -254,14 +348,15 @@ def _check_layout(blobs: Blobs, marker: bytes) -> None:
             f"{blobs.url} has layout {version}, and this cacheclip-jax reads up to {LAYOUT_VERSION}: "
             "upgrade it, or name another --store."
         )
+    return version
 
 
-def _check_empty(blobs: Blobs) -> None:
+def _check_empty(blobs: Blobs | TieredBlobs) -> None:
     """Refuses a directory of something else; a marker whose write was interrupted is our own."""
     if (root := blobs.directory) is None or not root.exists():
         return
     with translated("open", blobs.url):
-        foreign = next((path.name for path in root.iterdir() if not path.name.startswith(layout.MARKER)), None)
+        foreign = next((path.name for path in root.iterdir() if layout.MARKER not in path.name), None)
     if foreign:
         raise StoreError(
             f"{blobs.url} holds {foreign!r} but no {layout.MARKER}, so it is no chunk store: "
