@@ -67,7 +67,7 @@ def cells(config) -> Iterator[Cell]:
             for name in config.implementations or available(H, config.dtype):
                 if name == "dense" and 4 * rows * N * context > config.dense_bytes:
                     continue
-                yield cell(name, blocks=blocks_for(H, rows * N // K, context) if name == "mosaic_gpu" else None)
+                yield cell(name, blocks=blocks_for(H, rows * N // K, context, K) if name == "mosaic_gpu" else None)
         if config.ceiling and not config.sweep:
             half = jax.default_backend() == "gpu" and config.dtype != "float32"
             for context in config.contexts:
@@ -85,13 +85,11 @@ def available(H: int, dtype: str) -> list[str]:
 
 def variants(H: int) -> Iterator[Blocks]:
     """Variants of the GPU kernel that fit shared memory at head dim H."""
-    for consumers, slots, stages, turns, (p_in_smem, ahead) in itertools.product(
-            (2, 3), (64, 128, 192), (2, 3, 4), (True, False), ((False, False), (False, True), (True, False))):
-        if turns == (consumers == 2) or (stages == 2 and not turns):
-            blocks = Blocks(consumers=consumers, slots=slots, stages=stages, turns=turns, p_in_smem=p_in_smem,
-                            ahead=ahead)
-            if blocks.smem(H, p_in_smem) <= SMEM:
-                yield blocks
+    for (consumers, slots), stages in itertools.product(((2, 128), (2, 192), (3, 128)), (2, 3, 4)):
+        blocks = Blocks(consumers=consumers, slots=slots, stages=stages, turns=consumers == 2)
+        if blocks.smem(H) <= SMEM:
+            yield blocks
+    yield Blocks(slots=64, stages=4)
 
 
 def positions(rows: int, context: int, group: int) -> np.ndarray:
@@ -169,8 +167,8 @@ def variant(row: dict[str, Any]) -> str:
     """Blocks in short."""
     if not (b := row["blocks"]):
         return ""
-    chosen = "".join(f", {name}" for name in ("turns", "p_in_smem", "ahead") if b[name])
-    return f"{b['consumers']}x{b['rows_per_group']} rows, {b['slots']} slots, {b['stages']} stages{chosen}"
+    turns = ", turns" if b["turns"] else ""
+    return f"{b['consumers']}x{b['rows_per_group']} rows, {b['slots']} slots, {b['stages']} stages{turns}"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from cacheclip_jax.attention import row_attention_reference
-from cacheclip_jax.attention.mosaic_gpu import Blocks, blocks_for, mosaic_gpu
+from cacheclip_jax.attention.mosaic_gpu import SMEM, Blocks, blocks_for, mosaic_gpu
 from cacheclip_jax.attention.mosaic_tpu import mosaic_tpu
 from tests.conftest import max_diff
-from tests.test_attention import inputs
+from tests.test_attention import REFERENCE, inputs
 
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 V5E = jax.sharding.AbstractDevice(device_kind="TPU v5e", platform="tpu", num_cores=1)
@@ -41,17 +40,16 @@ def lower(f, device, platform, T, S, N, K, H, dtype):
             lowering_platforms=(platform,)).as_text()
 
 
-# 300 slots are no multiple of a block; the last tile is partly padding; 3 heads a group don't divide a tile.
+# 301 slots are no multiple of a block nor of 8; the last tile is partly padding; 3 heads a group don't divide a tile.
 @pytest.mark.parametrize("heads, H, dtype, pad, blocks", [
     ((6, 2), 64, jnp.bfloat16, 5, Blocks(slots=64)),
     ((7, 1), 128, jnp.float16, 0, Blocks()),
-    ((3, 1), 64, jnp.bfloat16, 3, Blocks(consumers=3, slots=64, stages=3, turns=False)),
-    ((6, 2), 64, jnp.bfloat16, 5, Blocks(slots=64, ahead=True)),
+    ((3, 1), 128, jnp.bfloat16, 3, Blocks(consumers=3, turns=False)),
 ])
 def test_the_hopper_kernel_equals_the_reference(heads, H, dtype, pad, blocks):
-    args = inputs(30, 300, *heads, H, pad, dtype)
+    args = inputs(30, 301, *heads, H, pad, dtype)
     out = interpreted(*args, blocks=blocks)
-    assert max_diff(out, row_attention_reference(*args)) < 0.02
+    assert max_diff(out, REFERENCE(*args)) < 0.02
     assert np.all(np.asarray(out[30 - pad:], np.float32) == 0)
 
 
@@ -60,7 +58,7 @@ def test_the_hopper_kernel_has_no_races_and_never_sees_later_slots(capfd, caplog
     before = interpreted(q, k, v, positions, blocks=Blocks(consumers=1, slots=64, turns=False), races=True)
     after = int(positions[9]) + 1
     changed = interpreted(q, k.at[:, after:].set(99.0), v.at[:, after:].set(99.0), positions,
-                          blocks=Blocks(slots=64, ahead=True), races=True)
+                          blocks=Blocks(slots=64), races=True)
     assert max_diff(changed[:10], before[:10]) == 0
     assert "RACE" not in "".join([*capfd.readouterr(), caplog.text])  # jax 0.11 prints, 0.12 logs
 
@@ -68,23 +66,24 @@ def test_the_hopper_kernel_has_no_races_and_never_sees_later_slots(capfd, caplog
 def test_the_hopper_kernel_gives_zeros_for_tiles_of_padding_and_takes_fewer_slots_than_a_block():
     q, k, v, positions = inputs(70, 40, 2, 1, 64, pad=40, dtype=jnp.bfloat16)
     out = interpreted(q, k, v, positions)
-    assert max_diff(out, row_attention_reference(q, k, v, positions)) < 0.02
+    assert max_diff(out, REFERENCE(q, k, v, positions)) < 0.02
     assert np.all(np.asarray(out[30:], np.float32) == 0)
 
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_the_hopper_kernel_lowers_for_every_type_and_head_dim(heads):
-    for dtype, H in ((jnp.bfloat16, 64), (jnp.bfloat16, 128), (jnp.float16, 64), (jnp.float16, 128)):
-        assert "mosaic_gpu" in lower(mosaic_gpu, H100, "cuda", 1638, 8192, *heads, H, dtype)
+    for dtype, H, S in ((jnp.bfloat16, 64, 4097), (jnp.bfloat16, 128, 8192), (jnp.float16, 64, 8192),
+                        (jnp.float16, 128, 2049)):
+        assert "mosaic_gpu" in lower(mosaic_gpu, H100, "cuda", 1638, S, *heads, H, dtype)
 
 
 @pytest.mark.parametrize("blocks", [
     Blocks(slots=64, stages=4), Blocks(slots=192, stages=2), Blocks(stages=3), Blocks(turns=False),
-    Blocks(p_in_smem=True), Blocks(ahead=True), Blocks(ahead=True, p_in_smem=True),
-    Blocks(consumers=3, slots=64, turns=False), Blocks(consumers=1, turns=False),
+    Blocks(consumers=3, turns=False), Blocks(consumers=1, turns=False),
 ])
-def test_the_hopper_kernel_lowers_for_every_variant(blocks):
-    assert "mosaic_gpu" in lower(partial(mosaic_gpu, blocks=blocks), H100, "cuda", 819, 4096, 28, 4, 64, jnp.bfloat16)
+@pytest.mark.parametrize("S", [3, 4097])
+def test_the_hopper_kernel_lowers_for_every_variant_and_any_number_of_slots(blocks, S):
+    assert "mosaic_gpu" in lower(partial(mosaic_gpu, blocks=blocks), H100, "cuda", 819, S, 28, 4, 128, jnp.bfloat16)
 
 
 def test_blocks_that_cannot_work_are_refused_with_the_limit():
@@ -98,9 +97,13 @@ def test_blocks_that_cannot_work_are_refused_with_the_limit():
 
 
 @pytest.mark.parametrize("H", [64, 128])
-@pytest.mark.parametrize("T, S", [(1, 1), (65, 128), (6554, 32768)])
-def test_chosen_blocks_fit_shared_memory(H, T, S):
-    assert blocks_for(H, T, S).smem(H, p_in_smem=False) <= 227 * 1024
+@pytest.mark.parametrize("T, K, consumers", [(1, 8, 1), (64, 4, 1), (65, 4, 2), (65 * 192, 4, 2), (65 * 192 + 1, 4, 3),
+                                             (65 * 192 + 1, 2, 2)])
+def test_chosen_blocks_grow_with_the_rows_and_fit_shared_memory(H, T, K, consumers):
+    for S in (1, 128, 32768):
+        blocks = blocks_for(H, T, S, K)
+        assert blocks.consumers == consumers
+        assert blocks.smem(H, interpretable=True) <= SMEM
 
 
 @pytest.mark.parametrize("heads, H, dtype, pad, error", [
@@ -108,7 +111,7 @@ def test_chosen_blocks_fit_shared_memory(H, T, S):
 def test_the_tpu_kernel_equals_the_reference(heads, H, dtype, pad, error):
     args = inputs(110, 300, *heads, H, pad, dtype)
     out = jax.jit(partial(mosaic_tpu, tile=128, slots=128, interpret=True))(*args)
-    assert max_diff(out, row_attention_reference(*args)) < error
+    assert max_diff(out, REFERENCE(*args)) < error
     assert np.all(np.asarray(out[110 - pad:], np.float32) == 0)
 
 

@@ -2,9 +2,9 @@
 
 The G query heads of a kv head are folded into the rows, so that one load of K and V serves the whole group. A block of
 the grid is a kv head and a tile of rows: one warpgroup streams K and V through a ring of buffers (TMA), the others
-compute an online softmax over 64 rows each, and take turns so that one's softmax runs under the other's matrix
-products (FlashAttention-3, arXiv:2407.08608, section 3.1). Because rows are sorted by position, a tile's blocks of
-slots are, in order: seen by all its rows (no mask), the edge (masked), and not loaded at all.
+compute an online softmax over 64 rows each; two of them take turns, so that one's softmax runs under the other's matrix
+products (FlashAttention-3, arXiv:2407.08608, section 3.1), three overlap without. Because rows are sorted by position,
+a tile's blocks of slots are, in order: seen by all its rows (no mask), the edge (masked), and not loaded at all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from jaxtyping import Array, Float, Int
 
 HEAD_DIMS = (64, 128)
 SMEM = 227 * 1024  # shared memory that a block can have on Hopper
+_TILING = (8, 64)  # of a copy to shared memory: slots and numbers of a head, both in full tiles
+_MULTIPROCESSORS = 132  # of an H100
 _RESERVED = 3 * 1024  # of which barriers and the compiler's scratch for reductions
 _REGISTERS = {2: (232, 40), 3: (160, 32)}  # consumer's and producer's, by consumers; one consumer has plenty
 _NOTHING_SEEN = -1e30  # finite: a row that sees nothing has exp2(-inf - top) = 0, not NaN
@@ -33,9 +35,7 @@ class Blocks:
     """Sizes and variants of the kernel; `blocks_for` picks them.
 
     A tile has `rows_per_group * consumers` rows; `slots` per block of K and V, `stages` blocks in flight. `turns` makes
-    two consumers alternate between softmax and matrix products. `p_in_smem` takes the softmax weights to the second
-    product through shared memory rather than registers. `ahead` computes a block's scores together with the values of
-    the block before.
+    two consumers alternate between softmax and matrix products.
     """
 
     rows_per_group: int = 64
@@ -43,8 +43,6 @@ class Blocks:
     slots: int = 128
     stages: int = 2
     turns: bool = True
-    p_in_smem: bool = False
-    ahead: bool = False
 
     def __post_init__(self):
         if self.rows_per_group != 64:
@@ -63,25 +61,33 @@ class Blocks:
         """Folded rows of a tile."""
         return self.rows_per_group * self.consumers
 
-    def smem(self, H: int, p_in_smem: bool) -> int:
+    def smem(self, H: int, interpretable: bool = False) -> int:
         """Bytes of shared memory at head dim H in a 16-bit type."""
-        rows = self.tile * (H + (self.slots if p_in_smem else 0))
+        rows = self.tile * (H + (self.slots if interpretable else 0))
         return 2 * (rows + 2 * self.stages * self.slots * H) + _RESERVED
 
 
-def blocks_for(H: int, T: int, S: int) -> Blocks:
-    """Blocks that suit a head dim, a number of folded rows and a number of slots."""
+def blocks_for(H: int, T: int, S: int, K: int) -> Blocks:
+    """Blocks that suit a head dim, a number of folded rows (of one kv head), of slots and of kv heads.
+
+    3 consumers where their tiles make 2 blocks a multiprocessor or more, else 2 that take turns; 1 for up to 64 rows.
+    H100, 2026-11-24, TFLOP/s at 28/4/128, bfloat16, 6553 rows of 32768, 2 stages of 128 slots: 662 with 3, 607 with 2.
+    """
+    sized = partial(Blocks, slots=64 if S <= 64 else 128, stages=4 if H == 64 else 2)
     if T <= 64:
-        return Blocks(consumers=1, turns=False)
-    return Blocks(slots=64 if S <= 64 else 128, stages=4 if H == 64 else 2)
+        return sized(consumers=1, turns=False)
+    large = sized(consumers=3, turns=False)
+    return large if K * -(-T // large.tile) >= 2 * _MULTIPROCESSORS else sized(consumers=2, turns=True)
 
 
 def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
                blocks: Blocks | None = None, interpretable: bool = False) -> Float[Array, "T N H"]:
     """Row attention (see `row_attention`) on a Hopper GPU, for float16 and bfloat16 and head dims 64 and 128.
 
-    `interpretable` replaces the accumulation of P V by one that Pallas' interpreter for CPUs knows; the rest of the
-    kernel is the same. Raises NotImplementedError for other types and head dims, ValueError for blocks that don't fit.
+    K and V are copied if S is less than a block has or no multiple of 8: caches are best padded to multiples of 8.
+    `interpretable` takes P to the second product through shared memory and adds P V outside it, which is what Pallas'
+    interpreter for CPUs knows; the rest of the kernel is the same. Raises NotImplementedError for other types and head
+    dims, ValueError for blocks that don't fit.
     """
     T, N, H = q.shape
     K, S, _ = k.shape
@@ -92,13 +98,12 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have one type")
     G = N // K
-    blocks = blocks or blocks_for(H, T * G, S)
-    p_in_smem = blocks.p_in_smem or interpretable
-    if (need := blocks.smem(H, p_in_smem)) > SMEM:
+    blocks = blocks or blocks_for(H, T * G, S, K)
+    if (need := blocks.smem(H, interpretable)) > SMEM:
         raise ValueError(f"{blocks} needs {need} bytes of shared memory at head dim {H}, over {SMEM}: "
                          "take fewer stages, slots or consumers")
-    if blocks.slots > S:
-        k, v = (jnp.pad(x, ((0, 0), (0, blocks.slots - S), (0, 0))) for x in (k, v))
+    if missing := max(blocks.slots - S, -S % _TILING[0]):
+        k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (k, v))
 
     tiles = -(-T * G // blocks.tile)
     q = q.reshape(T, K, G, H).transpose(1, 0, 2, 3).reshape(K, T * G, H)
@@ -108,7 +113,7 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     by_group = pos.reshape(tiles, blocks.consumers, -1)
     first = jnp.where(by_group < 0, S, by_group).min(2)
     full = jnp.minimum((first + 1) // blocks.slots, steps[:, None]).reshape(-1)
-    out = _kernel(K, tiles, H, q.dtype, blocks, p_in_smem, interpretable)(q, k, v, pos, steps, full)
+    out = _kernel(K, tiles, H, q.dtype, blocks, interpretable)(q, k, v, pos, steps, full)
     return out[:, : T * G].reshape(K, T, G, H).transpose(1, 0, 2, 3).reshape(T, N, H)
 
 
@@ -127,7 +132,7 @@ class _Scratch(NamedTuple):
     turn: Any
 
 
-def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: bool, interpretable: bool):
+def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, interpretable: bool):
     """The kernel from folded rows [K, tiles * tile, H] and each tile's blocks to folded outputs."""
     M, slots, stages, consumers = blocks.rows_per_group, blocks.slots, blocks.stages, blocks.consumers
     log2_scale = H**-0.5 * math.log2(math.e)
@@ -184,13 +189,10 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
         def wait_for_k(i):
             plgpu.barrier_wait(smem.k_ready.at[stage_of(i)])
 
-        def qk(i, s_ref):
-            plgpu.wgmma(s_ref, q, smem.k.at[stage_of(i)].transpose((1, 0)))
-            take_turns()
-
         def scores(i):
             def product(s_ref):
-                qk(i, s_ref)
+                plgpu.wgmma(s_ref, q, smem.k.at[stage_of(i)].transpose((1, 0)))
+                take_turns()
                 return s_ref[...]
 
             s = pl.run_scoped(product, plgpu.ACC((M, slots), jnp.float32))
@@ -208,7 +210,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
             acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
             total = total * shrink + p.sum(axis=1)
             p = p.astype(dtype)
-            if p_in_smem:
+            if interpretable:
                 smem.p.at[thread][...] = p
                 plgpu.commit_smem()
                 p = smem.p.at[thread]
@@ -222,11 +224,10 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
                 plgpu.barrier_wait(smem.turn)
             return acc, new_top, total, p
 
-        def add_values(i, acc, p, meanwhile=lambda: None):
-            """acc + P V; `meanwhile` runs while the tensor cores do."""
+        def add_values(i, acc, p):
             def product(acc_ref):
                 plgpu.wgmma(acc_ref, p, smem.v.at[stage_of(i)])
-                meanwhile()
+                pl.when(i + 1 < steps)(partial(wait_for_k, i + 1))  # here the tensor cores are busy meanwhile
                 return acc_ref[...] if interpretable else None
 
             if interpretable:
@@ -238,33 +239,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
 
         def step(i, carry, masked: bool):
             acc, top, total, p = softmax(i, scores(i), carry, masked)
-            next_k = pl.when(i + 1 < steps)
-            return add_values(i, acc, p, meanwhile=lambda: next_k(partial(wait_for_k, i + 1))), top, total
-
-        def step_ahead(i, carry, masked: bool):
-            """The same with the scores of the next block computed beside P V."""
-            s, *carry = carry
-            acc, top, total, p = softmax(i, s, carry, masked)
-            if interpretable:
-                acc = add_values(i, acc, p, meanwhile=partial(wait_for_k, i + 1))
-                return scores(i + 1), acc, top, total
-
-            def products(s_ref):
-                def next_scores():
-                    wait_for_k(i + 1)
-                    qk(i + 1, s_ref)
-
-                added = add_values(i, acc, p, meanwhile=next_scores)
-                return s_ref[...], added
-
-            s, acc = pl.run_scoped(products, plgpu.ACC((M, slots), jnp.float32))
-            plgpu.barrier_arrive(smem.k_used.at[stage_of(i + 1)])
-            return s, acc, top, total
-
-        def loop(step, stop, carry):
-            edge = lax.min(full, stop)
-            carry = lax.fori_loop(0, edge, partial(step, masked=False), carry)
-            return lax.fori_loop(edge, stop, partial(step, masked=True), carry)
+            return add_values(i, acc, p), top, total
 
         def vector(x):
             return plgpu.layout_cast(jnp.full((M,), x, jnp.float32), per_row)
@@ -274,12 +249,8 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
         wait_for_k(jnp.int32(0))
         # The second consumer starts half a step late, and the first one waits for it at the end.
         pl.when(thread == 1)(take_turns)
-        if blocks.ahead:
-            s, *carry = loop(step_ahead, steps - 1, (scores(jnp.int32(0)), *carry))
-            acc, top, total, p = softmax(steps - 1, s, carry, masked=True)
-            acc = add_values(steps - 1, acc, p)
-        else:
-            acc, _, total = loop(step, steps, carry)
+        carry = lax.fori_loop(0, full, partial(step, masked=False), carry)
+        acc, _, total = lax.fori_loop(full, steps, partial(step, masked=True), carry)
         pl.when(thread == 0)(take_turns)
 
         share = jnp.where(pos >= 0, 1 / jnp.maximum(total, 1e-30), 0.0)
@@ -288,7 +259,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
         plgpu.copy_smem_to_gmem(q, out_g.at[head, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    layout: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+    layout: Any = (plgpu.TilingTransform(_TILING), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
     ring = plgpu.SMEM((stages, slots, H), dtype, transforms=layout)
     filled = plgpu.Barrier(num_barriers=stages)
     used = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
@@ -298,6 +269,6 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, p_in_smem: b
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=_Scratch(
             q=plgpu.SMEM((consumers, M, H), dtype, transforms=layout), k=ring, v=ring,
-            p=plgpu.SMEM((consumers, M, slots), dtype, transforms=layout) if p_in_smem else None,
+            p=plgpu.SMEM((consumers, M, slots), dtype, transforms=layout) if interpretable else None,
             q_ready=plgpu.Barrier(num_barriers=consumers), k_ready=filled, v_ready=filled, k_used=used, v_used=used,
             turn=plgpu.Barrier(num_arrivals=consumers) if blocks.turns else None))
