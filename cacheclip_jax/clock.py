@@ -49,7 +49,7 @@ class Clock:
         for stage, ready in self._ready.items():
             since = self._since[stage]
             begun = self._ready.get(since, self.started) if isinstance(since, str) else since or self.started
-            self.seconds[stage] = ready - begun
+            self.seconds[stage] = max(0.0, ready - begun)
         return dict(self.seconds)
 
     def total(self) -> float:

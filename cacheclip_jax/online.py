@@ -66,6 +66,7 @@ def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Fe
                                model.attention.name)
         feed.computed([k for k, _ in layers])
         done += layers
+    clock.watch("load", rows[-1])
     return last_logits(model.params, cfg, x, last), KVCache(*zip(*done, strict=True))
 
 
