@@ -40,6 +40,15 @@ class Placement:
     stride: Int[Array | np.ndarray, "S"]
 
 
+@struct.dataclass
+class Fresh:
+    """Keys (before RoPE) and values of rows computed anew, and for each slot which row is its own (-1: none)."""
+
+    k: Float[Array, "K T H"]
+    v: Float[Array, "K T H"]
+    row: Int[Array, "S"]
+
+
 def empty(cfg: ModelConfig, slots: int, dtype: Any) -> KVCache:
     """A cache of zeros. Zeros, not uninitialised memory: a masked NaN in V would still poison its row."""
     shape = (cfg.num_kv_heads, slots, cfg.head_dim)
@@ -62,14 +71,25 @@ def placement(cfg: ModelConfig, slots: int, lengths: Sequence[int], offsets: Seq
     return Placement(first, stride)
 
 
-def place(cfg: ModelConfig, rows: Float[Array, "R H"], where: Placement
+def place(cfg: ModelConfig, rows: Float[Array, "R H"], where: Placement, fresh: Fresh | None = None
           ) -> tuple[Float[Array, "K S H"], Float[Array, "K S H"]]:
-    """Position rearrangement of one layer: gather its keys and values, rotate the keys to their slots' positions (in
-    float32). Free slots are zero."""
+    """Position rearrangement of one layer: gather its keys and values, put fresh ones over stale ones, rotate the keys
+    to their slots' positions (in float32). Free slots are zero."""
     part = jnp.arange(2 * cfg.num_kv_heads).reshape(2, cfg.num_kv_heads, 1)
     index = jnp.where(where.first < 0, rows.shape[0], where.first + part * where.stride)
-    kv = rows.at[index].get(mode="fill", fill_value=0)
-    return rotate(kv[0], jnp.arange(where.first.shape[0]), cfg.rope), kv[1]
+    k, v = rows.at[index].get(mode="fill", fill_value=0)
+    if fresh is not None:
+        # Chosen as they are gathered, and rotated once: a scatter into the placed cache would read and write it again.
+        taken = fresh.row[:, None] >= 0
+        k, v = (jnp.where(taken, new[:, jnp.maximum(fresh.row, 0)], old)
+                for new, old in ((fresh.k, k), (fresh.v, v)))
+    return rotate(k, jnp.arange(where.first.shape[0]), cfg.rope), v
+
+
+def row_of_slot(positions: Int[Array, "T"], slots: int) -> Int[Array, "S"]:
+    """For each slot the row at its position, -1 where there is none; rows at position -1 are padding."""
+    at = jnp.where(positions < 0, slots, positions)
+    return jnp.full(slots, -1, jnp.int32).at[at].set(jnp.arange(len(positions)), mode="drop", indices_are_sorted=True)
 
 
 def join(cfg: ModelConfig, slots: int, parts: Iterable[np.ndarray], dtype: Any) -> list[np.ndarray]:

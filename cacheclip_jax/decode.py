@@ -91,7 +91,7 @@ def decode(params: Params, cfg: ModelConfig, state: DecodeState, cache: KVCache,
         x = decoder.embed(params, state.token[None])
         keys, values = [], []
         for layer, kv in zip(params.layers, zip(cache.k, cache.v, strict=True), strict=True):
-            x, (k, v), _ = attend_and_finish(x, layer, cfg, state.position[None], kv, how)
+            x, (k, v) = attend_and_finish(x, layer, cfg, state.position[None], kv, how)
             keys.append(k)
             values.append(v)
         cache = KVCache(tuple(keys), tuple(values))

@@ -367,7 +367,7 @@ class CacheClip:
             if feed is not None:
                 feed.stop()
         clock.watch("score", scores, started)
-        if all(theirs.spans == ours.spans for theirs, ours in zip(own.chunks, prompt.chunks, strict=True)):
+        if model.tokenizer.identity == self.primary.model.tokenizer.identity:
             return context_scores(scores, np.int32(len(own.prefix)), bucket(prompt.context_tokens))
         start, host = len(own.prefix), np.asarray(scores)
         mapped = []

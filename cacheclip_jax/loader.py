@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Condition, Event, Lock
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.host import Buffer, Staging
 
-WORKERS = min(16, os.cpu_count() or 1)
+WORKERS = min(12, os.cpu_count() or 1)
 BATCH = 4  # layers that threads fill before they meet: meeting takes a turn of Python's lock for each of them
 
 
@@ -66,52 +67,56 @@ class LayerLoader:
         sizes = np.array([tokens for _, tokens in parts], np.int64) * rows_per_token * row_bytes
         ends = np.cumsum(sizes)
         self._spans = [(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
-        self._state, self._repairing = Condition(), Lock()
         self._buffers: dict[int, Buffer] = {}
         self._layers: list[jax.Array | None] = [None] * num_layers
-        self._progress: list[jax.Array] = []  # per layer computed, an array that is ready then
         self._error: BaseException | None = None
+        self._lock = Lock()
         self._batches = [range(n, min(n + BATCH, num_layers)) for n in range(0, num_layers, BATCH)]
-        self._filled = [0] * len(self._batches)
         shares = [share for share in _shares(np.tile(sizes, BATCH), WORKERS) if share]
-        self._workers = len(shares)
-        self._tasks: list[Future] = [pool.submit(self._guard, self._coordinate, after)]
-        self._tasks += [pool.submit(self._guard, self._fill, share) for share in shares]
+        # Everyone waits for an event of their own: threads that wake each other up for nothing queue for Python's lock.
+        self._empty, self._full = ([Event() for _ in self._batches] for _ in range(2))
+        self._filling = [len(shares)] * len(self._batches)
+        self._sent = [Event() for _ in range(num_layers)]
+        self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each layer computed one that is ready then
+        pool.submit(self._guard, self._coordinate, after)
+        for share in shares:
+            pool.submit(self._guard, self._fill, share)
 
     def take(self, start: int, stop: int) -> tuple[jax.Array, ...]:
         """The rows [R, H] of layers `start` to `stop`, as soon as their copies are under way. Each can be taken once.
 
         Raises what a worker raised, but for damaged chunks, which are repaired.
         """
-        with self._state:
-            self._state.wait_for(lambda: bool(self._error) or all(x is not None for x in self._layers[start:stop]))
-            if self._error:
-                raise self._error
-            taken = tuple(x for x in self._layers[start:stop] if x is not None)
-            self._layers[start:stop] = [None] * (stop - start)
-            return taken
+        taken = []
+        for layer in range(start, stop):
+            self._sent[layer].wait()
+            rows, self._layers[layer] = self._layers[layer], None
+            if rows is None:
+                raise self._error or RuntimeError(f"layer {layer} was taken already")
+            taken.append(rows)
+        return tuple(taken)
 
     def computed(self, marks: Sequence[jax.Array]) -> None:
-        """Tell that the next layers were dispatched; `marks` has for each an array that is ready when it's done."""
-        with self._state:
-            self._progress += marks
-            self._state.notify_all()
+        """Tell that the next layers were dispatched; `marks` has for each an array that is ready when it's done, and
+        that no later program is given as its own."""
+        for mark in marks:
+            self._marks.put(mark)
 
     def stop(self) -> None:
         """Let the threads end, also when not every layer was taken."""
-        with self._state:
-            self._error = self._error or RuntimeError("loading was stopped")
-            self._state.notify_all()
-        self.sent_all.set()
+        self._fail(RuntimeError("loading was stopped"))
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        for event in (*self._empty, *self._full, *self._sent, self.sent_all):
+            event.set()
+        self._marks.put(None)
 
     def _guard(self, task: Callable[..., None], *args: Any) -> None:
         try:
             task(*args)
         except BaseException as e:
-            with self._state:
-                self._error = self._error or e
-                self._state.notify_all()
-            self.sent_all.set()
+            self._fail(e)
 
     def _coordinate(self, after: Event | None) -> None:
         with self._staging.ring(self._shape, self._dtype, 3 * BATCH) as ring:
@@ -119,53 +124,44 @@ class LayerLoader:
             for number, batch in enumerate(self._batches):
                 # Of three batches of buffers one is being filled and one being sent when the third is asked for again.
                 while prepared < min(len(self._batches), number + 2):
-                    buffers = {layer: ring(layer) for layer in self._batches[prepared]}
-                    with self._state:
-                        self._buffers |= buffers
-                        self._state.notify_all()
+                    self._buffers |= {layer: ring(layer) for layer in self._batches[prepared]}
+                    self._empty[prepared].set()
                     prepared += 1
-                with self._state:
-                    while self._filled[number] < self._workers and not self._error:
-                        self._state.wait()
-                    if self._error:
-                        raise self._error  # so that the ring, which a worker may still write to, isn't used again
+                self._full[number].wait()
                 if after is not None:
                     after.wait()
                     after = None
                 for layer in batch:
-                    self._wait_for_turn(layer)
-                    sent = self._buffers.pop(layer).send()
-                    with self._state:
-                        self._layers[layer] = sent
-                        self._state.notify_all()
+                    # Not after an error: a worker may still write to this ring, which isn't used again then.
+                    if self._error or (layer >= self._ahead and not self._turn_has_come()):
+                        raise self._error or RuntimeError("loading was stopped")
+                    self._layers[layer] = self._buffers.pop(layer).send()
+                    self._sent[layer].set()
             self.sent_all.set()
 
-    def _wait_for_turn(self, layer: int) -> None:
-        if layer < self._ahead:
-            return
-        with self._state:
-            self._state.wait_for(lambda: bool(self._error) or len(self._progress) > layer - self._ahead)
-            mark = None if self._error else self._progress[layer - self._ahead]
-        if mark is not None:
-            mark.block_until_ready()
+    def _turn_has_come(self) -> bool:
+        """Wait until the device has come a layer further."""
+        if (mark := self._marks.get()) is None:
+            return False
+        mark.block_until_ready()
+        return True
 
     def _fill(self, share: Sequence[int]) -> None:
         for number, batch in enumerate(self._batches):
-            with self._state:
-                while batch[-1] not in self._buffers and not self._error:
-                    self._state.wait()
-                if self._error:
-                    return
-                targets = [self._buffers[layer].bytes for layer in batch]
+            self._empty[number].wait()
+            if self._error:
+                return
+            targets = [self._buffers[layer] for layer in batch]
             for task in share:
                 nth, index = divmod(task, len(self._sources))
                 if nth < len(batch):
                     start, end = self._spans[index]
-                    self._read(index, batch[nth], targets[nth][start:end])
-            with self._state:
-                self._filled[number] += 1
-                last = self._filled[number] == self._workers
-                self._state.notify_all()
+                    self._read(index, batch[nth], targets[nth].bytes[start:end])
+            with self._lock:
+                self._filling[number] -= 1
+                last = not self._filling[number]
+            if last:
+                self._full[number].set()
         if last:  # of all workers, at the last batch
             for source in self._sources:
                 if source is not None:
@@ -178,7 +174,7 @@ class LayerLoader:
         try:
             source.read_layer(layer, out)
         except ChunkCorrupt as e:
-            with self._repairing:
+            with self._lock:
                 if self._sources[index] is source:  # else another worker, at another layer, has repaired it meanwhile
                     self._sources[index] = self._repair(index, e)
             self._read(index, layer, out)

@@ -42,7 +42,7 @@ def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots
         x, total = score_span(x, model.params.layers[start:stop], cfg, scoring, start, positions, last,
                               feed.take(start, stop), feed.where, total, how)
         feed.computed([total] * (stop - start))
-    return total
+    return total / len(scoring.layer_indices(cfg.num_layers))
 
 
 def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Feed, clock: Clock

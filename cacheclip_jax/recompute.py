@@ -7,7 +7,6 @@ the later ones are on their way, and no layer's cache is ever copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cacheclip_jax.assemble import KVCache, Placement, place
+from cacheclip_jax.assemble import Fresh, KVCache, Placement, place, row_of_slot
 from cacheclip_jax.attention import causal_attention, for_rows, row_attention
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
@@ -43,15 +42,58 @@ def choose_rows(params: Params, ids: Int[Array, "S"], recompute: Bool[Array, "C"
 def reuse_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, positions: Int[Array, "T"],
                rows: tuple[Float[Array, "R H"], ...], where: Placement, how: str = "blocked"
                ) -> tuple[Rows, tuple[LayerCache, ...]]:
-    """A span of layers over chunk caches just loaded: place them, overwrite the rows' K and V, attend, finish."""
-    return _span(x, layers, cfg, positions, [partial(place, cfg, r, where) for r in rows], how)
+    """A span of layers over chunk caches just loaded: place them with the rows' K and V over stale ones, attend,
+    finish."""
+    own, out = row_of_slot(positions, where.first.shape[0]), []
+    for layer, loaded in zip(layers, rows, strict=True):
+        q, kv = rows_over_loaded(x, layer, cfg, positions, loaded, where, own)
+        with jax.named_scope("attention"):
+            attended = row_attention(q, *kv, positions, for_rows(how, len(q)))
+        x = decoder.finish(x, attended, layer, cfg)
+        out.append(kv)
+    return x, tuple(out)
+
+
+def rows_over_loaded(x: Rows, layer: Layer, cfg: ModelConfig, positions: Int[Array, "T"], loaded: Float[Array, "R H"],
+                     where: Placement, own: Int[Array, "S"]) -> tuple[Float[Array, "T N H"], LayerCache]:
+    """One layer's rotated queries of rows, and its cache from rows just loaded with the rows' own K and V in it; `own`
+    is `row_of_slot` of their positions."""
+    q, k, v = decoder.project(x, layer, cfg)
+    fresh = Fresh(k.swapaxes(0, 1), v.swapaxes(0, 1), own)
+    return rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1), place(cfg, loaded, where, fresh)
 
 
 @partial(jax.jit, static_argnames=("cfg", "how"), donate_argnames=("x", "caches"))
 def cached_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, positions: Int[Array, "T"],
                 caches: tuple[LayerCache, ...], how: str = "blocked") -> tuple[Rows, tuple[LayerCache, ...]]:
     """A span of layers over an assembled cache, which is donated."""
-    return _span(x, layers, cfg, positions, caches, how)
+    out = []
+    for layer, cache in zip(layers, caches, strict=True):
+        x, kv = attend_and_finish(x, layer, cfg, positions, cache, how)
+        out.append(kv)
+    return x, tuple(out)
+
+
+def attend_and_finish(x: Rows, layer: Layer, cfg: ModelConfig, positions: Int[Array, "T"], cache: LayerCache, how: str
+                      ) -> tuple[Rows, LayerCache]:
+    """One layer for rows over an assembled cache: overwrite their K and V, attend, finish."""
+    q, kv = rows_over_cached(x, layer, cfg, positions, cache)
+    with jax.named_scope("attention"):
+        attended = row_attention(q, *kv, positions, for_rows(how, len(q)))
+    return decoder.finish(x, attended, layer, cfg), kv
+
+
+def rows_over_cached(x: Rows, layer: Layer, cfg: ModelConfig, positions: Int[Array, "T"], cache: LayerCache
+                     ) -> tuple[Float[Array, "T N H"], LayerCache]:
+    """One layer's rotated queries of rows, and its cache with the rows' own K and V written into it."""
+    q, k, v = decoder.project(x, layer, cfg)
+    q = rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1)
+    # Padding rows write to the slot after the last one, which mode="drop" discards (-1 would wrap around).
+    slots = jnp.where(positions < 0, cache[0].shape[1], positions)
+    new = rotate(k.swapaxes(0, 1), positions, cfg.rope), v.swapaxes(0, 1)
+    keys, values = (old.at[:, slots].set(rows, mode="drop", indices_are_sorted=True)
+                    for old, rows in zip(cache, new, strict=True))
+    return q, (keys, values)
 
 
 @partial(jax.jit, static_argnames=("cfg", "slots", "how"), donate_argnames="x")
@@ -61,41 +103,22 @@ def fresh_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, positions: 
 
     Causal attention among the rows is then row attention; on a GPU the library's kernel computes it.
     """
-    zeros = partial(jnp.zeros, (cfg.num_kv_heads, slots, cfg.head_dim), x.dtype)
-    return _span(x, layers, cfg, positions, [lambda: (zeros(), zeros())] * len(layers), how,
-                 causal=how in ("cudnn", "mosaic_gpu"))
-
-
-def _span(x: Rows, layers: Sequence[Layer], cfg: ModelConfig, positions: Int[Array, "T"],
-          caches: Sequence[LayerCache | Callable[[], LayerCache]], how: str, causal: bool = False
-          ) -> tuple[Rows, tuple[LayerCache, ...]]:
-    out = []
-    for layer, cache in zip(layers, caches, strict=True):
-        kv = cache() if callable(cache) else cache
-        x, kv, _ = attend_and_finish(x, layer, cfg, positions, kv, how, causal)
+    zeros = jnp.zeros((cfg.num_kv_heads, slots, cfg.head_dim), x.dtype)
+    real, out = (positions >= 0)[:, None], []
+    for layer in layers:
+        if how not in ("cudnn", "mosaic_gpu"):
+            x, kv = attend_and_finish(x, layer, cfg, positions, (zeros, zeros), how)
+        else:
+            q, k, v = decoder.project(x, layer, cfg)
+            q, k = (rotate(y.swapaxes(0, 1), positions, cfg.rope) for y in (q, k))
+            v = v.swapaxes(0, 1)
+            with jax.named_scope("attention"):
+                attended = causal_attention(q.swapaxes(0, 1)[None], k[None], v[None], how)[0]
+            x = decoder.finish(x, attended, layer, cfg)
+            k, v = (zeros.at[:, : len(x)].set(jnp.where(real, y, 0)[:, :slots]) for y in (k, v))
+            kv = k, v
         out.append(kv)
     return x, tuple(out)
-
-
-def attend_and_finish(x: Rows, layer: Layer, cfg: ModelConfig, positions: Int[Array, "T"], cache: LayerCache, how: str,
-                      causal: bool = False) -> tuple[Rows, LayerCache, Float[Array, "T N H"]]:
-    """One layer for rows: overwrite their K and V, attend, finish. Also returns the rows' rotated queries."""
-    q, k, v = decoder.project(x, layer, cfg)
-    q = rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1)
-    k, v = rotate(k.swapaxes(0, 1), positions, cfg.rope), v.swapaxes(0, 1)
-    with jax.named_scope("attention"):
-        if causal:  # row t is token t
-            attended = causal_attention(q[None], k[None], v[None], how)[0]
-            real = (positions >= 0)[:, None]
-            keys, values = (old.at[:, : len(q)].set(jnp.where(real, new, 0)[:, : old.shape[1]])
-                            for old, new in zip(cache, (k, v), strict=True))
-        else:
-            # Padding rows write to the slot after the last one, which mode="drop" discards (-1 would wrap around).
-            slots = jnp.where(positions < 0, cache[0].shape[1], positions)
-            keys, values = (old.at[:, slots].set(new, mode="drop", indices_are_sorted=True)
-                            for old, new in zip(cache, (k, v), strict=True))
-            attended = row_attention(q, keys, values, positions, for_rows(how, len(q)))
-    return decoder.finish(x, attended, layer, cfg), (keys, values), q
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -127,6 +150,7 @@ def recompute(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], positions: I
 def continuation_logits(params: Params, cfg: ModelConfig, ids: Int[Array, "T"], positions: Int[Array, "T"],
                         cache: KVCache, how: str = "blocked") -> Float[Array, "T V"]:
     """Logits of every row: how a repaired cache judges a given continuation. The cache stays as it is."""
-    caches = list(zip(cache.k, cache.v, strict=True))
-    x, _ = _span(decoder.embed(params, ids), params.layers, cfg, positions, caches, how)
+    x = decoder.embed(params, ids)
+    for layer, kv in zip(params.layers, zip(cache.k, cache.v, strict=True), strict=True):
+        x, _ = attend_and_finish(x, layer, cfg, positions, kv, how)
     return decoder.logits(params, cfg, x)

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cacheclip_jax.assemble import KVCache, Placement, place
+from cacheclip_jax.assemble import KVCache, Placement, row_of_slot
+from cacheclip_jax.attention import for_rows, row_attention
+from cacheclip_jax.attention.dense import dense_with_weights
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.precision import precision
-from cacheclip_jax.recompute import attend_and_finish
+from cacheclip_jax.recompute import rows_over_cached, rows_over_loaded
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,19 @@ SCORINGS = {
 }
 
 
-@partial(jax.jit, static_argnames=("cfg", "scoring", "start", "how"), donate_argnames=("x", "total"))
+@partial(jax.jit, static_argnames=("cfg", "scoring", "start", "how"), donate_argnames="x")
 def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring, start: int,
                positions: Int[Array, "T"], last: Int[Array, ""], rows: tuple[Float[Array, "R H"], ...],
                where: Placement, total: Float[Array, "S"], how: str = "blocked"
                ) -> tuple[Float[Array, "T D"], Float[Array, "S"]]:
-    """The part of `score` that layers `start`, `start` + 1, ... do, over chunk caches just loaded; adds to `total`."""
-    return _scored(x, layers, cfg, scoring, start, positions, last, [partial(place, cfg, r, where) for r in rows],
-                   total, how)
+    """The part of `score` that layers `start`, `start` + 1, ... do, over chunk caches just loaded; adds to `total`,
+    which is divided by the number of scored layers in the end."""
+    own = row_of_slot(positions, where.first.shape[0])
+    for index, (layer, loaded) in enumerate(zip(layers, rows, strict=True), start):
+        q, kv = rows_over_loaded(x, layer, cfg, positions, loaded, where, own)
+        attended, seen = _attend(q, kv, positions, last, scoring, index in scoring.layer_indices(cfg.num_layers), how)
+        x, total = decoder.finish(x, attended, layer, cfg), total + seen
+    return x, total
 
 
 @partial(jax.jit, static_argnames=("cfg", "scoring", "how"))
@@ -91,30 +98,35 @@ def score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Array, "T
     the end), `last` is the index of the last real row. Rows after softmax sum to one over prefix, context and question,
     so scores of different chunks compare; the caller keeps the context's slots.
     """
-    caches = list(zip(cache.k, cache.v, strict=True))
-    layers = params.layers[: scoring.depth(cfg.num_layers)]
-    return _scored(decoder.embed(params, ids), layers, cfg, scoring, 0, positions, last, caches[: len(layers)],
-                   jnp.zeros(cache.slots, jnp.float32), how)[1]
+    x, total = decoder.embed(params, ids), jnp.zeros(cache.slots, jnp.float32)
+    for index, layer in enumerate(params.layers[: scoring.depth(cfg.num_layers)]):
+        q, kv = rows_over_cached(x, layer, cfg, positions, (cache.k[index], cache.v[index]))
+        attended, seen = _attend(q, kv, positions, last, scoring, index in scoring.layer_indices(cfg.num_layers), how)
+        x, total = decoder.finish(x, attended, layer, cfg), total + seen
+    return total / len(scoring.layer_indices(cfg.num_layers))
 
 
-def _scored(x, layers, cfg, scoring, start, positions, last, caches, total, how):
-    wanted = scoring.layer_indices(cfg.num_layers)
-    for index, (layer, cache) in enumerate(zip(layers, caches, strict=True), start):
-        kv = cache() if callable(cache) else cache
-        x, (keys, _), q = attend_and_finish(x, layer, cfg, positions, kv, how)
-        if index not in wanted:
-            continue
+def _attend(q, kv, positions, last, scoring, scored, how):
+    """Row attention, and the weights of a scored layer reduced over rows and heads (0 for another one)."""
+    keys, values = kv
+    if not scored:
+        return row_attention(q, keys, values, positions, for_rows(how, len(q))), 0.0
+    if how != "blocked" and for_rows(how, len(q)) == "dense":
+        attended, weights = dense_with_weights(q, keys, values, positions)  # these weights are computed anyway
         if scoring.rows == "last":
-            seen = _attention(jax.lax.dynamic_slice_in_dim(q, last, 1), keys, positions[last][None])
+            weights = jax.lax.dynamic_slice_in_dim(weights, last, 1)
         else:
-            seen = _attention(q, keys, positions)
-        over_heads = seen.mean(1) if scoring.heads == "mean" else seen.max(1)
-        if scoring.rows == "max":
-            reduced = over_heads.max(0)
-        else:  # padding rows see nothing and add zero
-            reduced = over_heads.sum(0) / (1 if scoring.rows == "last" else last + 1)
-        total = total + reduced / len(wanted)
-    return x, total
+            weights = jnp.where(positions[:, None, None] >= 0, weights, 0)
+    else:
+        attended = row_attention(q, keys, values, positions, for_rows(how, len(q)))
+        if scoring.rows == "last":
+            weights = attention_weights(jax.lax.dynamic_slice_in_dim(q, last, 1), keys, positions[last][None])
+        else:
+            weights = attention_weights(q, keys, positions)
+    over_heads = weights.mean(1) if scoring.heads == "mean" else weights.max(1)
+    if scoring.rows == "max":
+        return attended, over_heads.max(0)
+    return attended, over_heads.sum(0) / (1 if scoring.rows == "last" else last + 1)
 
 
 @partial(jax.jit, static_argnames="size")
@@ -123,9 +135,9 @@ def context_scores(scores: Float[Array, "S"], prefix: Int[Array, ""], size: int)
     return jax.lax.dynamic_slice_in_dim(jnp.pad(scores, (0, size)), prefix, size)
 
 
-def _attention(q: Float[Array, "T N H"], keys: Float[Array, "K S H"], positions: Int[Array, "T"]
+def attention_weights(q: Float[Array, "T N H"], keys: Float[Array, "K S H"], positions: Int[Array, "T"]
                ) -> Float[Array, "T N S"]:
-    """Attention weights themselves; T is the question's length or 1, so T x S is small here."""
+    """Attention weights themselves, zero for padding rows; T is the question's length or 1, so T x S is small here."""
     T, N, H = q.shape
     K, S, _ = keys.shape
     s = jnp.einsum("tkgh,ksh->tkgs", q.reshape(T, K, N // K, H), keys, preferred_element_type=jnp.float32,

@@ -11,6 +11,12 @@ from cacheclip_jax.precision import precision
 def dense(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"]
           ) -> Float[Array, "T N H"]:
     """Row attention (see `row_attention`) with logits in float32; takes 4 T N S bytes for them."""
+    return dense_with_weights(q, k, v, positions)[0]
+
+
+def dense_with_weights(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"],
+                       positions: Int[Array, "T"]) -> tuple[Float[Array, "T N H"], Float[Array, "T N S"]]:
+    """`dense`, and the weights themselves in float32; those of padding rows mean nothing."""
     T, N, H = q.shape
     K, S, _ = k.shape
     exact = precision(q.dtype)
@@ -19,6 +25,8 @@ def dense(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K
     # A padding row sees slot 0, so that its softmax is defined; its output is dropped.
     s = jnp.where(jnp.arange(S) <= jnp.maximum(positions, 0)[:, None], s, -jnp.inf)
     p = jnp.exp(s - s.max(-1, keepdims=True))
+    total = p.sum(-1, keepdims=True)
     out = jnp.einsum("kgts,ksh->tkgh", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact)
-    out /= p.sum(-1).transpose(2, 0, 1)[..., None]
-    return jnp.where(positions[:, None, None] >= 0, out.reshape(T, N, H), 0).astype(q.dtype)
+    out /= total.transpose(2, 0, 1, 3)
+    out = jnp.where(positions[:, None, None] >= 0, out.reshape(T, N, H), 0).astype(q.dtype)
+    return out, (p / total).transpose(2, 0, 1, 3).reshape(T, N, S)
