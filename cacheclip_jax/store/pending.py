@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -21,6 +22,8 @@ from cacheclip_jax.store.records import Entry, Space
 
 if TYPE_CHECKING:
     from cacheclip_jax.store.store import ChunkStore
+
+log = logging.getLogger("cacheclip.store")
 
 _TASK_BYTES = 1 << 20
 # A failure with one of these says nothing about the data, which may be whole.
@@ -182,4 +185,5 @@ class PendingKV:
             return ChunkUnreadable(message, chunk=self._passage)
         self._store.metrics.count("damaged", self._tier)
         message = f"The chunk cache of passage {self._passage} is damaged and has to be encoded again: {how}"
+        log.warning("a chunk cache is damaged", extra={"passage": self._passage, "file": self._where, "reason": how})
         return ChunkCorrupt(message, chunk=self._passage)

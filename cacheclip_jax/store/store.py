@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, ChunkUnreadable, StoreError
-from cacheclip_jax.store import audit, layout, maintain, pins, versions
+from cacheclip_jax.store import archive, audit, layout, maintain, pins, versions
 from cacheclip_jax.store.blobs import Blobs, translated
 from cacheclip_jax.store.chunkfile import head_bytes, pack, stored_layer_bytes, unpack_for
 from cacheclip_jax.store.metrics import Metrics
@@ -28,6 +29,8 @@ from cacheclip_jax.store.tier import TieredBlobs
 
 if TYPE_CHECKING:
     import jax
+
+log = logging.getLogger("cacheclip.store")
 
 _WRITERS = 4
 _READERS = min(8, max(4, os.cpu_count() or 1))
@@ -300,6 +303,7 @@ class ChunkStore:
 
     def drop(self, space: str, chunk: str) -> None:
         """Removes a chunk cache by its keys; who is reading it on a local disk can finish."""
+        log.debug("a chunk cache is removed", extra={"space": space, "chunk": chunk})
         self.pool.delete(layout.chunk_file(space, chunk))
 
     def flush(self, timeout: float = 600.0) -> None:
@@ -328,6 +332,8 @@ class ChunkStore:
     entries = maintain.entries
     stats = maintain.stats
     verify = audit.verify
+    export_to = archive.export_to
+    import_from = archive.import_from
     remove = maintain.remove
     gc = maintain.gc
 
