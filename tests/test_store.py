@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput, CacheClipError, ChunkCorrupt, StoreError
-from cacheclip_jax.store import LAYOUT_VERSION, ChunkStore, Passage, is_chunk_id
+from cacheclip_jax.store import LAYOUT_VERSION, ChunkStore, Passage, files, is_chunk_id
 from cacheclip_jax.store.blobs import Blobs, translated
 from cacheclip_jax.store.records import seal
 from eval import kill_index as script
@@ -86,6 +86,23 @@ def test_reading_into_a_buffer_fills_it_and_refuses_another_shape(store):
     assert store.read(SPACE, ids, passage.id, out).result() is out and same_bits(out, kv)
     with pytest.raises(BadInput, match="`out`"):
         store.read(SPACE, ids, passage.id, out[:1])
+
+
+def test_more_chunks_than_files_may_be_open_are_read_at_once(store, monkeypatch):
+    chunks = [put(store, seed) for seed in range(6)]
+    monkeypatch.setattr(files, "_MOST_OPEN", 0)
+    pending = store.read_all(SPACE, [(ids, passage.id) for passage, ids, _ in chunks])
+    assert all(same_bits(one.result(), kv) for one, (_, _, kv) in zip(pending, chunks, strict=True))
+
+
+def test_threads_that_ask_a_lazy_read_for_layers_at_once_share_one_array(store):
+    passage, ids, kv = put(store, 0)
+    for _ in range(20):
+        pending = store.read(SPACE, ids, passage.id, eager=False)
+        with ThreadPoolExecutor(4) as pool:
+            layers = list(pool.map(pending.layer, [0, 1, 2, 0, 1, 2, 2]))
+        assert all(same_bits(layer, kv[i]) for layer, i in zip(layers, [0, 1, 2, 0, 1, 2, 2], strict=True))
+        assert pending.result() is pending.result()
 
 
 def test_many_are_read_at_once_and_the_missing_are_none(store):

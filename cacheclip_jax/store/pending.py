@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +58,7 @@ class PendingKV:
         self._head, self._step = head_bytes(space.num_layers, len(ids)), stored_layer_bytes(space, len(ids))
         self._size = self._head + space.num_layers * self._step
         self._layers: list[Future[None]] = []
+        self._lock = Lock()
         self._eager, self._began, self._done = eager, time.perf_counter(), False
         self._failure: Exception | None = None
         self._source, self._tier = None, store.pool.tier
@@ -78,8 +80,6 @@ class PendingKV:
             return None
         except (*FAILURES, StoreError) as e:
             return self._flaw(e)
-        if self._eager:
-            self._start()
         return entry
 
     def unless_missing(self) -> PendingKV | None:
@@ -87,17 +87,24 @@ class PendingKV:
         if self._entry is None:
             self._store.metrics.count("misses", self._tier)
             return None
+        if self._eager and isinstance(self._entry, Entry):
+            self._start()
         return self
 
     def _start(self) -> None:
-        """Begins to read every layer into `out`, some at a time where they are small."""
-        if self._out is None:
-            self._out = np.empty(self._space.shape(len(self._ids)), self._space.numpy_dtype)
-        some, layers = max(1, _TASK_BYTES // self._step), self._space.num_layers
-        for first in range(0, layers, some):
-            last = min(layers, first + some)
-            task = self._store.readers.submit(self._load, first, self._out[first:last])
-            self._layers += [task] * (last - first)
+        """Begins to read every layer into `out`, some at a time where they are small; once."""
+        with self._lock:
+            if self._layers:
+                return
+            if self._out is None:
+                self._out = np.empty(self._space.shape(len(self._ids)), self._space.numpy_dtype)
+            some, count = max(1, _TASK_BYTES // self._step), self._space.num_layers
+            layers: list[Future[None]] = []
+            for first in range(0, count, some):
+                last = min(count, first + some)
+                task = self._store.readers.submit(self._load, first, self._out[first:last])
+                layers += [task] * (last - first)
+            self._layers = layers
 
     def _load(self, first: int, out: Float[np.ndarray, "S 2 K C H"]) -> None:
         """Reads, checks and (where they were quantised) expands consecutive layers."""
@@ -138,8 +145,7 @@ class PendingKV:
     def layer(self, layer: int) -> Float[np.ndarray, "2 K C H"]:
         """Waits for one layer; raises ChunkCorrupt when it is damaged, ChunkUnreadable when it can't be read now."""
         with self._judged():
-            if not self._layers:
-                self._start()
+            self._start()
             if self._layers[layer].exception() is not None:
                 # It was read together with others: this one may be whole.
                 assert self._out is not None
@@ -155,7 +161,7 @@ class PendingKV:
         assert self._out is not None and self._source is not None
         if not self._done:
             self._done = True
-            self._source.close()
+            self._source.release()
             self._store.metrics.count("hits", self._tier)
             self._store.metrics.time("read", self._tier, time.perf_counter() - self._began)
         return self._out

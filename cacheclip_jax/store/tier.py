@@ -288,7 +288,6 @@ class TieredBlobs:
             source = self.local.source(key, 0, None)
             head = (next(self.local.read_all([key], PRELUDE))[1] or b"") if isinstance(source, FileSource) else b""
             self._count(key, head, [bytes(0), np.empty(source.size, np.uint8)])  # type: ignore[union-attr]
-            source.close()
 
     def _keep(self, key: str, parts: Sequence[bytes | np.ndarray]) -> bool:
         """Writes a local copy; a disk that can't take it is no reason to fail."""
@@ -335,5 +334,5 @@ class FetchedSource:
             raise EOFError(f"it ends at byte {offset + part.nbytes}")
         view[...] = part
 
-    def close(self) -> None:
-        return
+    def release(self) -> None:
+        """Nothing: the bytes go with the last reference."""
