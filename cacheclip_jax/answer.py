@@ -15,9 +15,10 @@ from cacheclip_jax.store import Passage
 class Times:
     """Seconds of each stage of one request.
 
-    ttft runs from the call to the first token on the host and holds all the others but decode. `score` includes reading
-    and assembling the aux model's caches; `load` is the time spent waiting for the primary's caches, whose reads start
-    before scoring; `encode` is what chunks missing from the store cost.
+    ttft runs from the call to the first token on the host and holds all the others but decode. Loading runs beside
+    scoring and recompute, so the stages don't add up: `load` is how long after the call the primary's last layer had
+    arrived on its device, `score` includes loading the aux model's caches, `recompute` placing the primary's and
+    waiting for those that are late. `encode` is what chunks missing from the store cost.
     """
 
     retrieve: float = 0.0
@@ -25,7 +26,6 @@ class Times:
     select: float = 0.0
     load: float = 0.0
     encode: float = 0.0
-    assemble: float = 0.0
     recompute: float = 0.0
     ttft: float = 0.0
     decode: float = 0.0

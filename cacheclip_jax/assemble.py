@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.rope import rotate
@@ -18,40 +16,69 @@ from cacheclip_jax.model.rope import rotate
 
 @struct.dataclass
 class KVCache:
-    """An assembled cache: slot s holds the key (RoPE applied) and the value of position s, for every layer."""
+    """An assembled cache: slot s holds the key (RoPE applied) and the value of position s; one pair of arrays a layer,
+    so that a program which updates a layer touches nothing else."""
 
-    k: Float[Array, "L K S H"]
-    v: Float[Array, "L K S H"]
+    k: tuple[Float[Array, "K S H"], ...]
+    v: tuple[Float[Array, "K S H"], ...]
 
     @property
     def slots(self) -> int:
         """Number of slots S, free ones included."""
-        return self.k.shape[2]
+        return self.k[0].shape[1]
+
+
+@struct.dataclass
+class Placement:
+    """Where each slot's key and value lie in a layer's rows, which hold the parts' [2, K, C, H] one after another.
+
+    Part p (0 key, 1 value) of kv head h of slot s is row `first[s] + (p * K + h) * stride[s]`: first is where the part
+    begins plus the token's place in it, stride the part's C. A free slot has first -1.
+    """
+
+    first: Int[Array | np.ndarray, "S"]
+    stride: Int[Array | np.ndarray, "S"]
 
 
 def empty(cfg: ModelConfig, slots: int, dtype: Any) -> KVCache:
     """A cache of zeros. Zeros, not uninitialised memory: a masked NaN in V would still poison its row."""
-    shape = (cfg.num_layers, cfg.num_kv_heads, slots, cfg.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shape = (cfg.num_kv_heads, slots, cfg.head_dim)
+    return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers)) for _ in range(2)))
 
 
-def concatenate(cfg: ModelConfig, slots: int, parts: Iterable[np.ndarray | int], dtype: Any) -> np.ndarray:
-    """Lay chunk caches [L, 2, K, C, H] one after another into one host buffer [2, L, K, slots, H].
+def placement(cfg: ModelConfig, slots: int, lengths: Sequence[int], offsets: Sequence[int] | None = None) -> Placement:
+    """The placement of parts of `lengths` tokens at contiguous positions, in `slots` slots.
 
-    A number instead of a cache leaves that many slots free (zeros), as are those after the last part.
+    `offsets` says at which row each part begins; by default they follow one another from row 0.
     """
-    joined = np.zeros((2, cfg.num_layers, cfg.num_kv_heads, slots, cfg.head_dim), dtype)
+    tokens = np.asarray(lengths, np.int64)
+    rows = 2 * cfg.num_kv_heads * tokens
+    begins = np.cumsum(rows) - rows if offsets is None else np.asarray(offsets, np.int64)
+    total = int(tokens.sum())
+    first, stride = np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
+    within = np.arange(total) - np.repeat(np.cumsum(tokens) - tokens, tokens)
+    first[:total] = np.repeat(begins, tokens) + within
+    stride[:total] = np.repeat(tokens, tokens)
+    return Placement(first, stride)
+
+
+def place(cfg: ModelConfig, rows: Float[Array, "R H"], where: Placement
+          ) -> tuple[Float[Array, "K S H"], Float[Array, "K S H"]]:
+    """Position rearrangement of one layer: gather its keys and values, rotate the keys to their slots' positions (in
+    float32). Free slots are zero."""
+    part = jnp.arange(2 * cfg.num_kv_heads).reshape(2, cfg.num_kv_heads, 1)
+    index = jnp.where(where.first < 0, rows.shape[0], where.first + part * where.stride)
+    kv = rows.at[index].get(mode="fill", fill_value=0)
+    return rotate(kv[0], jnp.arange(where.first.shape[0]), cfg.rope), kv[1]
+
+
+def join(cfg: ModelConfig, slots: int, parts: Iterable[np.ndarray], dtype: Any) -> list[np.ndarray]:
+    """Each layer's rows [R, H] of chunk caches [L, 2, K, C, H], padded with zeros to those of `slots` tokens."""
+    out = [np.zeros((2 * cfg.num_kv_heads * slots, cfg.head_dim), dtype) for _ in range(cfg.num_layers)]
     start = 0
     for part in parts:
-        end = start + (part if isinstance(part, int) else part.shape[3])
-        if not isinstance(part, int):
-            joined[:, :, :, start:end] = part.swapaxes(0, 1)
-        start = end
-    return joined
-
-
-@partial(jax.jit, static_argnames="cfg")
-def place(cfg: ModelConfig, joined: Float[Array, "2 L K S H"]) -> KVCache:
-    """Position rearrangement: rotate the keys of a joined cache to their slots' positions (in float32)."""
-    positions = jnp.arange(joined.shape[3])
-    return KVCache(k=rotate(joined[0], positions, cfg.rope), v=joined[1])
+        flat = part.reshape(cfg.num_layers, -1, cfg.head_dim)
+        for rows, layer in zip(out, flat, strict=True):
+            rows[start : start + len(layer)] = layer
+        start += flat.shape[1]
+    return out

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from cacheclip_jax.clock import Clock
+from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.encode import encode_many, encode_prefix, no_prefix
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, StoreError
+from cacheclip_jax.host import HostTier, Key, Staging
+from cacheclip_jax.loader import InMemory, Source
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.prompt import Prompt, PromptFormat
@@ -22,18 +28,14 @@ Behind = Literal["shared", "none"]
 
 @dataclass
 class Fetched:
-    """Caches of a request's chunks [L, 2, K, C, H] (None where not wanted), and how they were come by."""
+    """A request's chunk caches as sources (None where not wanted), and how they were come by."""
 
-    kv: list[np.ndarray | None]
+    sources: list[Source | None] = field(default_factory=list)
     hits: int = 0
     misses: int = 0
     encoded: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-    def loaded(self) -> list[np.ndarray]:
-        """The caches, where every one was wanted."""
-        return [kv for kv in self.kv if kv is not None]
 
     def absorb(self, other: Fetched) -> None:
         """Add another model's accounting; the caches stay this one's."""
@@ -47,13 +49,17 @@ class Fetched:
 class ChunkCaches:
     """One model's view of a chunk store, under one prompt format."""
 
-    def __init__(self, model: Model, store: ChunkStore, prompt_format: PromptFormat):
+    def __init__(self, model: Model, store: ChunkStore, prompt_format: PromptFormat, host: HostTier):
         self.model = model
         self.store = store
+        self.host = host
+        self.staging = Staging(replicated(model.params.embed.sharding))
+        self.tier: DeviceTier | None = None  # of recently used chunks on the device; the engine sets it
         self.format = prompt_format
         self.prefix_ids = prompt_format.prefix_ids(model.tokenizer)
         self.pair: Sequence[ChunkCaches] = (self,)  # the models that share the store on purpose
         self._prefix_kv: np.ndarray | None = None
+        self._recent = lru_cache(maxsize=1024)(self._encoded)
 
     @property
     def dtype(self) -> np.dtype:
@@ -67,6 +73,9 @@ class ChunkCaches:
 
     def encoded(self, passage: Passage) -> Encoded:
         """A passage's ids and spans. Raises BadInput when it is empty."""
+        return self._recent(passage)
+
+    def _encoded(self, passage: Passage) -> Encoded:
         if not passage.text.strip():
             raise BadInput(f"chunk {passage.id} is empty: leave empty passages out")
         return self.format.chunk_ids(self.model.tokenizer, passage)
@@ -81,14 +90,15 @@ class ChunkCaches:
     def prefix_kv(self) -> np.ndarray:
         """The shared prefix's own cache [L, 2, K, P, H]: encoded once per process, a few dozen tokens."""
         if self._prefix_kv is None:
-            self._prefix_kv = encode_prefix(self.model.params, self.model.config, self.prefix_ids)
+            self._prefix_kv = encode_prefix(self.model.params, self.model.config, self.prefix_ids,
+                                            self.model.attention.name)
         return self._prefix_kv
 
     def encode(self, passages: Sequence[Passage], behind: Behind) -> Iterator[tuple[Passage, np.ndarray]]:
         """Encode passages, batched; nothing is stored."""
         prefix = self.prefix_kv() if behind == "shared" else no_prefix(self.model.params, self.model.config)
         ids = [self.encoded(p).ids for p in passages]
-        for i, kv in encode_many(self.model.params, self.model.config, ids, prefix):
+        for i, kv in encode_many(self.model.params, self.model.config, ids, prefix, self.model.attention.name):
             yield passages[i], kv
 
     def missing(self, passages: Sequence[Passage], behind: Behind = "shared") -> list[Passage]:
@@ -101,15 +111,87 @@ class ChunkCaches:
             seen.add(ids)
         return out
 
-    def start(self, passages: Sequence[Passage], behind: Behind) -> Fetch:
-        """Start reading the caches of passages; the reads go on while the caller computes."""
+    def fetch(self, passages: Sequence[Passage], behind: Behind, clock: Clock, wanted: Sequence[bool] | None = None
+              ) -> Fetched:
+        """Find the caches of passages, in host memory or the store; encode, store and report those that are missing.
+
+        Reads from the store start here and go on while the caller computes. A chunk that isn't `wanted` (all its
+        tokens are recomputed anyway) is neither looked for nor encoded. A store that can't be written is a warning: the
+        answer doesn't depend on it.
+        """
+        out = Fetched(sources=[None] * len(passages))
         space = self.space(behind)
-        pending = self.store.read_all(space, [(self.encoded(p).ids, p.id) for p in passages])
-        why = None
-        if None in pending:
+        unread: list[int] = []
+        for i, passage in enumerate(passages):
+            if wanted is not None and not wanted[i]:
+                continue
+            if (kv := self.host.get(self.key(behind, passage))) is not None:
+                out.sources[i] = InMemory(kv)
+                out.hits += 1
+            else:
+                unread.append(i)
+        keep = self.host.limit_bytes > 0
+        wanted_ids = [(self.encoded(passages[i]).ids, passages[i].id) for i in unread]
+        pending = self.store.read_all(space, wanted_ids, eager=keep)
+        missing = []
+        for i, read in zip(unread, pending, strict=True):
+            if read is None:
+                out.misses += 1
+                missing.append(i)
+            else:
+                out.hits += 1
+                out.sources[i] = Stored(read, partial(self.host.put, self.key(behind, passages[i])) if keep else None)
+        if missing:
             ours = {c.space(b).key for c in self.pair for b in ("shared", "none")}
-            why = self.store.explain_miss(space, ours)
-        return Fetch(self, passages, behind, pending, why)
+            if (why := self.store.explain_miss(space, ours)) is not None:
+                out.warnings.append(why)
+            out.encoded += list(dict.fromkeys(passages[i].id for i in missing))
+            with clock("encode"):
+                made = self._make(missing, passages, behind, out)
+            for i in missing:
+                out.sources[i] = made[passages[i].id]
+        return out
+
+    def repair(self, passages: Sequence[Passage], behind: Behind, fetched: Fetched, index: int, error: ChunkCorrupt
+               ) -> Source:
+        """A source for a chunk whose stored bytes turned out damaged: encoded anew from its text, stored, reported."""
+        passage, space = passages[index], self.space(behind)
+        fetched.hits, fetched.misses = fetched.hits - 1, fetched.misses + 1
+        fetched.repaired.append(passage.id)
+        fetched.warnings.append(f"{error}; encoded anew from its text")
+        self.host.drop(self.key(behind, passage))
+        with suppress(StoreError):  # the write that follows reports a store that can't be written
+            self.store.discard(space, self.encoded(passage).ids)
+        return self._make([index], passages, behind, fetched)[passage.id]
+
+    def _make(self, indices: Sequence[int], passages: Sequence[Passage], behind: Behind, out: Fetched
+              ) -> dict[str, Source]:
+        """Encode passages; keep them in host memory and, as far as it can be written, in the store."""
+        by_id = {passages[i].id: passages[i] for i in indices}
+        made: dict[str, Source] = {}
+        try:
+            self.store.add_passages(by_id.values())
+            writable = True
+        except StoreError as e:
+            out.warnings.append(str(e))
+            writable = False
+        for passage, kv in self.encode(list(by_id.values()), behind):
+            as_stored = round_trip(self.store.kv, kv)  # so that the next answer is the same
+            made[passage.id] = InMemory(as_stored)
+            self.host.put(self.key(behind, passage), as_stored)
+            if not writable:
+                continue
+            try:
+                self.write(passage, behind, kv).result()
+            except StoreError as e:
+                out.warnings.append(str(e))
+                writable = False
+        return made
+
+    def key(self, behind: Behind, passage: Passage) -> Key:
+        """What a chunk's cache is called: its space and its own key."""
+        space = self.space(behind)
+        return space.key, space.chunk_key(self.encoded(passage).ids)
 
     def write(self, passage: Passage, behind: Behind, kv: np.ndarray):
         """Write one chunk cache; returns what to wait on."""
@@ -117,68 +199,26 @@ class ChunkCaches:
         return self.store.write_async(self.space(behind), passage.id, encoded.ids, encoded.spans, kv)
 
 
-@dataclass
-class Fetch:
-    """Reads under way."""
+def replicated(sharding: Sharding) -> Sharding:
+    """The sharding of an array that lies whole on every device of a model."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
-    caches: ChunkCaches
-    passages: Sequence[Passage]
-    behind: Behind
-    pending: list[PendingKV | None]
-    why_missing: str | None
 
-    def result(self, clock: Clock, wanted: Sequence[bool] | None = None) -> Fetched:
-        """Wait for the caches; encode, store and report those that are missing or damaged.
+class Stored:
+    """A chunk cache in the store; `admit` gets it whole after its last layer, where it's kept in host memory."""
 
-        A chunk that isn't `wanted` (all its tokens are recomputed anyway) is neither waited for nor encoded. A store
-        that can't be written is a warning: the answer doesn't depend on it.
-        """
-        out = Fetched(kv=[None] * len(self.passages))
-        to_encode: list[int] = []
-        for i, (passage, pending) in enumerate(zip(self.passages, self.pending, strict=True)):
-            if wanted is not None and not wanted[i]:
-                continue
-            if pending is None:
-                out.misses += 1
-                if passage.id not in out.encoded:
-                    out.encoded.append(passage.id)
-                to_encode.append(i)
-                continue
-            try:
-                out.kv[i] = pending.result()
-                out.hits += 1
-            except ChunkCorrupt as e:
-                out.misses += 1
-                out.repaired.append(passage.id)
-                out.warnings.append(f"{e}; encoded anew from its text")
-                to_encode.append(i)
-        if to_encode:
-            with clock("encode"):
-                self._encode(to_encode, out)
-        return out
+    def __init__(self, pending: PendingKV, admit: Callable[[np.ndarray], None] | None):
+        self._pending, self._admit = pending, admit
 
-    def _encode(self, indices: list[int], out: Fetched) -> None:
-        caches, space = self.caches, self.caches.space(self.behind)
-        if self.why_missing is not None:
-            out.warnings.append(self.why_missing)
-        by_id = {self.passages[i].id: i for i in indices}
-        try:
-            caches.store.add_passages([self.passages[i] for i in by_id.values()])
-            writable = True
-        except StoreError as e:
-            out.warnings.append(str(e))
-            writable = False
-        for passage, kv in caches.encode([self.passages[i] for i in by_id.values()], self.behind):
-            as_stored = round_trip(space.kv, kv)  # so that the next answer is the same
-            for i in indices:
-                if self.passages[i].id == passage.id:
-                    out.kv[i] = as_stored
-            if not writable:
-                continue
-            try:
-                if passage.id in out.repaired:
-                    caches.store.discard(space, caches.encoded(passage).ids)
-                caches.write(passage, self.behind, kv).result()
-            except StoreError as e:
-                out.warnings.append(str(e))
-                writable = False
+    def read_layer(self, layer: int, out: np.ndarray) -> None:
+        """Read a layer: straight into `out`, or with the whole that will be kept."""
+        if self._admit is None:
+            self._pending.read_layer_into(layer, out)
+        else:
+            np.copyto(out, self._pending.layer(layer).reshape(-1).view(np.uint8))
+
+    def done(self) -> None:
+        """Hand over the whole, unless a layer that nobody asked for is damaged."""
+        if self._admit is not None:
+            with suppress(ChunkCorrupt):
+                self._admit(self._pending.result())

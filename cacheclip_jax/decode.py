@@ -16,7 +16,7 @@ from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Params
-from cacheclip_jax.recompute import rows_through_layers
+from cacheclip_jax.recompute import attend_and_finish
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def first_token(logits: Float[Array, "V"], position: Int[Array, ""], key: Array,
     return DecodeState(token=token, position=position, key=key, done=(token == stop_ids).any())
 
 
-@partial(jax.jit, static_argnames=("cfg", "steps", "greedy"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("cfg", "steps", "greedy", "how"), donate_argnames="cache")
 def decode(params: Params, cfg: ModelConfig, state: DecodeState, cache: KVCache, temperature: Float[Array, ""],
-           top_k: Int[Array, ""], top_p: Float[Array, ""], stop_ids: Int[Array, "M"], steps: int, greedy: bool
-           ) -> tuple[Int[Array, "steps"], DecodeState, KVCache]:
+           top_k: Int[Array, ""], top_p: Float[Array, ""], stop_ids: Int[Array, "M"], steps: int, greedy: bool,
+           how: str = "blocked") -> tuple[Int[Array, "steps"], DecodeState, KVCache]:
     """Up to `steps` further tokens in one compiled loop that ends at a stop token; -1 where it ended before.
 
     `stop_ids` are padded with -1. The cache is donated.
@@ -89,7 +89,12 @@ def decode(params: Params, cfg: ModelConfig, state: DecodeState, cache: KVCache,
     def step(carry):
         i, state, cache, tokens = carry
         x = decoder.embed(params, state.token[None])
-        x, cache = rows_through_layers(params, cfg, x, state.position[None], cache)
+        keys, values = [], []
+        for layer, kv in zip(params.layers, zip(cache.k, cache.v, strict=True), strict=True):
+            x, (k, v), _ = attend_and_finish(x, layer, cfg, state.position[None], kv, how)
+            keys.append(k)
+            values.append(v)
+        cache = KVCache(tuple(keys), tuple(values))
         state = first_token(decoder.logits(params, cfg, x)[0], state.position + 1, state.key, temperature, top_k, top_p,
                             stop_ids, greedy)
         return i + 1, state, cache, tokens.at[i].set(state.token)

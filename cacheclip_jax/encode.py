@@ -10,47 +10,48 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cacheclip_jax.attention import row_attention
+from cacheclip_jax.attention import causal_attention
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Params
 from cacheclip_jax.model.rope import rotate
 
-BATCH_TOKENS = 2048  # rows of one compiled encoding; enough to keep a CPU or a GPU busy, small enough for memory
+BATCH_TOKENS = 2048  # rows of one compiled encoding; enough to keep a CPU busy, small enough for memory
+BATCH_TOKENS_ACCELERATOR = 8192  # where a product of 2,048 rows reaches four fifths of the rate of one of 8,192
 
 
-@partial(jax.jit, static_argnames="cfg")
-def encode(params: Params, cfg: ModelConfig, ids: Int[Array, "B C"], prefix: Float[Array, "L 2 K P H"]
-           ) -> Float[Array, "B L 2 K C H"]:
+@partial(jax.jit, static_argnames=("cfg", "how"))
+def encode(params: Params, cfg: ModelConfig, ids: Int[Array, "B C"], prefix: Float[Array, "L 2 K P H"],
+           how: str = "blocked") -> Float[Array, "B L 2 K C H"]:
     """K (before RoPE) and V of chunks that each run causally behind the same prefix (CacheClip's shared-prefix
     calibration: the prefix absorbs the attention sink, so no chunk carries its own).
 
     `prefix` holds the prefix's own cache, P may be 0. Chunks shorter than C are padded at the end: causality keeps
     padding out of every real row, and the caller drops the padding's rows.
     """
-    start = prefix.shape[3]
-    positions = start + jnp.arange(ids.shape[1])
+    (B, C), start = ids.shape, prefix.shape[3]
+    positions = start + jnp.arange(C)
+    x = decoder.embed(params, ids.reshape(-1))
+    out = []
 
-    def one_chunk(ids):
-        def step(x, layer_and_prefix):
-            layer, (prefix_k, prefix_v) = layer_and_prefix
-            q, k, v = decoder.project(x, layer, cfg)
-            q = rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1)
-            k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
-            keys = jnp.concatenate([rotate(prefix_k, jnp.arange(start), cfg.rope), rotate(k, positions, cfg.rope)], 1)
-            attended = row_attention(q, keys, jnp.concatenate([prefix_v, v], 1), positions)
-            return decoder.finish(x, attended, layer, cfg), jnp.stack([k, v])
+    def behind(shared, own):
+        return jnp.concatenate([jnp.broadcast_to(shared, (B, *shared.shape)), own], 2)
 
-        return jax.lax.scan(step, decoder.embed(params, ids), (params.layers, prefix))[1]
-
-    return jax.vmap(one_chunk)(ids)
+    for layer, (prefix_k, prefix_v) in zip(params.layers, prefix, strict=True):
+        q, k, v = (y.reshape(B, C, -1, cfg.head_dim).swapaxes(1, 2) for y in decoder.project(x, layer, cfg))
+        out.append(jnp.stack([k, v], 1))
+        keys = behind(rotate(prefix_k, jnp.arange(start), cfg.rope), rotate(k, positions, cfg.rope))
+        q = rotate(q, positions, cfg.rope).swapaxes(1, 2)
+        attended = causal_attention(q, keys, behind(prefix_v, v), how)
+        x = decoder.finish(x, attended.reshape(B * C, cfg.num_heads, cfg.head_dim), layer, cfg)
+    return jnp.stack(out, 1)
 
 
-def encode_prefix(params: Params, cfg: ModelConfig, ids: Sequence[int]) -> np.ndarray:
+def encode_prefix(params: Params, cfg: ModelConfig, ids: Sequence[int], how: str = "blocked") -> np.ndarray:
     """The shared prefix's own cache [L, 2, K, P, H], encoded behind nothing."""
     nothing = no_prefix(params, cfg)
-    (_, kv), = encode_many(params, cfg, [ids], nothing) if ids else [(0, nothing)]
+    (_, kv), = encode_many(params, cfg, [ids], nothing, how) if ids else [(0, nothing)]
     return kv
 
 
@@ -59,19 +60,20 @@ def no_prefix(params: Params, cfg: ModelConfig) -> np.ndarray:
     return np.zeros((cfg.num_layers, 2, cfg.num_kv_heads, 0, cfg.head_dim), params.embed.dtype)
 
 
-def encode_many(params: Params, cfg: ModelConfig, chunks: Sequence[Sequence[int]], prefix: np.ndarray
-                ) -> Iterator[tuple[int, np.ndarray]]:
+def encode_many(params: Params, cfg: ModelConfig, chunks: Sequence[Sequence[int]], prefix: np.ndarray,
+                how: str = "blocked") -> Iterator[tuple[int, np.ndarray]]:
     """Encode chunks of any lengths: yields (index into `chunks`, its cache [L, 2, K, C, H]), batched by length.
 
     The next batch is dispatched before the last one is handed out, so the caller's writing overlaps with computing.
     """
     pending = None
-    for batch in batches([len(c) for c in chunks]):
+    for batch in batches([len(c) for c in chunks], BATCH_TOKENS if how == "blocked" else BATCH_TOKENS_ACCELERATOR):
         width = bucket(max(len(chunks[i]) for i in batch))
         ids = np.zeros((len(batch), width), np.int32)
         for row, i in enumerate(batch):
             ids[row, : len(chunks[i])] = chunks[i]
-        kv = encode(params, cfg, ids, prefix)
+        kv = encode(params, cfg, ids, prefix, how)
+        kv.copy_to_host_async()
         if pending is not None:
             yield from _unpad(*pending)
         pending = (chunks, batch, kv)
@@ -79,10 +81,10 @@ def encode_many(params: Params, cfg: ModelConfig, chunks: Sequence[Sequence[int]
         yield from _unpad(*pending)
 
 
-def batches(lengths: Sequence[int]) -> list[list[int]]:
+def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> list[list[int]]:
     """Indices grouped into batches of one width bucket each and of 1, 4, 16, ... rows: few shapes, and no padded rows.
 
-    A batch has at most BATCH_TOKENS padded tokens, unless one chunk alone is longer.
+    A batch has at most `limit` padded tokens, unless one chunk alone is longer.
     """
     by_width: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
@@ -91,7 +93,7 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
     for width, indices in sorted(by_width.items()):
         while indices:
             rows = 1
-            while rows * 4 <= min(len(indices), BATCH_TOKENS // width):
+            while rows * 4 <= min(len(indices), limit // width):
                 rows *= 4
             out.append(indices[:rows])
             indices = indices[rows:]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,24 +17,30 @@ from jax.sharding import Mesh
 
 from cacheclip_jax import compiles
 from cacheclip_jax.answer import Result
-from cacheclip_jax.assemble import KVCache, concatenate, empty, place
+from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
-from cacheclip_jax.caches import ChunkCaches, Fetch, Fetched
+from cacheclip_jax.caches import ChunkCaches, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.decode import Sampling, TextStream
+from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.documents import Document, split
 from cacheclip_jax.errors import BadInput, ContextTooLong
+from cacheclip_jax.feed import Feed
+from cacheclip_jax.host import HostTier
 from cacheclip_jax.methods import Method, Plan, Request, make, takes_budget
+from cacheclip_jax.methods.method import Scores
 from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.tokenizer import nfc
+from cacheclip_jax.online import full_prefill, padded, question_scores, repair
 from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.recompute import continuation_logits, recompute
 from cacheclip_jax.retrieve import Retriever
-from cacheclip_jax.score import Scoring, map_scores, score
+from cacheclip_jax.score import Scoring, context_scores, map_scores
 from cacheclip_jax.select import Budget
 from cacheclip_jax.store import ChunkStore, Passage, is_chunk_id
 from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
 
+HOST_BYTES = 4 << 30
 Chunk = str | Passage
 
 
@@ -56,12 +64,17 @@ class Prefill:
     prompt: Prompt
     passages: tuple[Passage, ...]
     method: str
-    plan: Plan
+    planned: Plan  # may still be under way on the device
     logits: jax.Array  # [V]
     cache: KVCache
     fetched: Fetched
     clock: Clock
     compiled_before: int
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which context tokens are recomputed, and why; waits for the device."""
+        return self.planned.fetched(self.prompt.context_tokens)
 
 
 class CacheClip:
@@ -73,10 +86,15 @@ class CacheClip:
     """
 
     def __init__(self, primary: Model, aux: Model | None, store: ChunkStore, *,
-                 prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None):  # noqa: B008 (frozen)
+                 prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008 (frozen)
+                 host_bytes: int = HOST_BYTES, device_bytes: int = 0):
         self.store = store
-        self.primary = ChunkCaches(primary, store, prompt_format)
-        self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
+        self.host = HostTier(host_bytes)
+        self.primary = ChunkCaches(primary, store, prompt_format, self.host)
+        self.aux = ChunkCaches(aux, store, prompt_format, self.host) if aux is not None else None
+        if device_bytes:
+            self._keep_on_device(device_bytes)
+        self._pool = ThreadPoolExecutor(64, thread_name_prefix="cacheclip")
         for caches in (pair := self._models()):
             caches.pair = pair
         limit = primary.config.max_positions
@@ -89,7 +107,8 @@ class CacheClip:
     def load(cls, primary: str | Path, aux: str | Path | None = None,
              store: str | Path | ChunkStore = "cacheclip-store", *, dtype: str = "bfloat16",
              aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
-             prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None) -> CacheClip:  # noqa: B008
+             prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008
+             host_bytes: int = HOST_BYTES, device_bytes: int = 0) -> CacheClip:
         """Load both models and open (or make) a store.
 
         Args:
@@ -99,6 +118,9 @@ class CacheClip:
           dtype: of weights and caches, float32, bfloat16 or float16.
           aux_device: "cpu" runs the aux model on the host's CPU, beside the accelerator.
           mesh: splits the primary over its axis "model".
+          host_bytes: how many bytes of chunk caches stay in host memory, for both models; 0 reads every one from the
+            store.
+          device_bytes: how many bytes of chunk caches stay on the device, for both models; none by default.
 
         Raises UnsupportedModel, BadModelFile or StoreError, each saying what to do.
         """
@@ -113,7 +135,15 @@ class CacheClip:
             small_mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("model",)) if cpu else mesh
             same = str(aux) == str(primary) and small_mesh is mesh
             small = big if same else load_model(aux, dtype=dtype, mesh=small_mesh)
-        return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context)
+        return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context, host_bytes=host_bytes,
+                   device_bytes=device_bytes)
+
+    def _keep_on_device(self, limit_bytes: int) -> None:
+        """Give both models tiers on their devices that hold about as many tokens each."""
+        sizes = [c.model.config.kv_values_per_token for c in self._models()]
+        for caches, size in zip(self._models(), sizes, strict=True):
+            caches.tier = DeviceTier(caches.model.config, limit_bytes * size // sum(sizes), caches.dtype,
+                                     caches.staging.sharding)
 
     # ---------------------------------------------------------------- index
 
@@ -225,7 +255,7 @@ class CacheClip:
 
         `reserve` slots are kept free in the cache for tokens that will be decoded. See `stream` for the rest.
         """
-        clock = Clock()
+        clock = Clock(self._pool)
         compiled = compiles.count()
         unused = [n for n, v in (("ratio", ratio), ("budget", budget))
                   if v is not None and isinstance(method, str) and not takes_budget(method)]
@@ -234,23 +264,37 @@ class CacheClip:
             chosen = self._passages(question, chunks, passages)
         prompt = self.primary.prompt(chosen, question)
         _check_length(prompt, reserve, self.max_context, self.primary.model.name)
-        fetch = self.primary.start(chosen, method.caches) if method.caches else None
-        fetched = Fetched(kv=[], warnings=[f"{n} wasn't used: the method {method.name} recomputes a fixed share"
-                                           for n in unused])
+        slots = bucket(len(prompt.ids) + reserve + DECODE_STEPS, 256)
+        fetched = Fetched(warnings=[f"{n} wasn't used: the method {method.name} recomputes a fixed share"
+                                    for n in unused])
+        feeds: list[Feed] = []
 
-        def aux_scores(scoring: Scoring) -> np.ndarray:
-            with clock("score"):
-                return self._aux_scores(chosen, question, prompt, scoring, fetched, clock)
+        def load(after: Feed | None = None, wanted: Sequence[bool] | None = None) -> None:
+            if method.caches is not None and not feeds:
+                feeds.append(Feed(self.primary, chosen, prompt.chunk_lengths, method.caches, slots,
+                                  self.primary.model.config.num_layers, self._pool, clock, fetched, wanted, after))
 
-        with clock("select"):
+        def aux_scores(scoring: Scoring) -> Scores:
+            return self._aux_scores(chosen, question, prompt, scoring, fetched, clock, load)
+
+        try:
             plan = method.plan(Request(prompt, aux_scores))
-        slots = bucket(len(prompt.ids) + reserve + DECODE_STEPS, 256, steps=4)
-        logits, cache = self._repair(prompt, plan, fetch, fetched, slots, clock)
+            if method.caches is None:
+                logits, cache = full_prefill(self.primary.model, prompt.ids, slots)
+            else:
+                mask = plan.recompute
+                load(None, [not m.all() for m in np.split(mask, np.cumsum(prompt.chunk_lengths)[:-1])]
+                     if isinstance(mask, np.ndarray) else None)
+                logits, cache = repair(self.primary, prompt, plan, slots, feeds[0], clock)
+        finally:
+            for feed in feeds:
+                feed.stop()
+        clock.watch("recompute", logits, "select")
         return Prefill(prompt, tuple(chosen), method.name, plan, logits, cache, fetched, clock, compiled)
 
     def greedy(self, prefill: Prefill, max_new_tokens: int) -> tuple[int, ...]:
         """The most likely answer's token ids after a prefill; uses its cache up, so it works once."""
-        if prefill.cache.k.is_deleted():
+        if prefill.cache.k[0].is_deleted():
             raise BadInput("this prefill was decoded from already: prefill again")
         text = TextStream(self.primary.model.tokenizer.decode, ())
         stream = AnswerStream(self.primary.model, prefill, text, Sampling(), max_new_tokens)
@@ -272,9 +316,10 @@ class CacheClip:
         start = len(prefill.prompt.ids)
         if start + len(ids) > prefill.cache.slots:
             raise BadInput(f"{len(ids)} tokens don't fit the cache: prefill with reserve={len(ids)} or more")
-        rows, positions = _padded(ids, start + np.arange(len(ids)), minimum=16)
+        rows, positions = padded(ids, start + np.arange(len(ids)), minimum=16)
         model = self.primary.model
-        return np.asarray(continuation_logits(model.params, model.config, rows, positions, prefill.cache))[: len(ids)]
+        return np.asarray(continuation_logits(model.params, model.config, rows, positions, prefill.cache,
+                                              model.attention.name))[: len(ids)]
 
     def _method(self, method: str | Method, ratio: float | None, budget: Budget | None) -> Method:
         if ratio is not None and budget is not None:
@@ -304,66 +349,39 @@ class CacheClip:
             raise BadInput(f"{e} If {id_or_text!r} is a text, pass Passage.make({id_or_text!r}).") from None
 
     def _aux_scores(self, passages: Sequence[Passage], question: str, prompt: Prompt, scoring: Scoring,
-                    accounting: Fetched, clock: Clock) -> np.ndarray:
-        """One score per context token of the primary's `prompt`."""
+                    accounting: Fetched, clock: Clock, begun: Callable[[Feed | None], None]) -> Scores:
+        """Scores of the primary's context tokens; calls `begun` when the aux model's own loading is under way."""
         if self.aux is None:
             raise BadInput("the method cacheclip needs an aux model: load one with aux=..., or choose another method")
-        model, cfg = self.aux.model, self.aux.model.config
+        model, started = self.aux.model, time.perf_counter()
         own = self.aux.prompt(passages, question)
-        _check_length(own, 0, cfg.max_positions, f"the aux model {model.name}")
-        slots = bucket(len(own.ids), 256, steps=4)
-        if scoring.context == "joint":
-            _, cache = self.rows(model, own.ids[: own.question_start], np.arange(own.question_start),
-                                  empty(cfg, slots, self.aux.dtype))
-        else:
-            fetched = self.aux.start(passages, "shared").result(clock)
-            accounting.absorb(fetched)
-            cache = place(cfg, concatenate(cfg, slots, [self.aux.prefix_kv(), *fetched.loaded()], self.aux.dtype))
-        ids, positions = _padded(own.question, own.question_start + np.arange(len(own.question)), minimum=16)
-        scores = np.asarray(score(model.params, cfg, scoring, ids, positions, np.int32(len(own.question) - 1), cache))
-        mapped, start = [], len(own.prefix)
+        _check_length(own, 0, model.config.max_positions, f"the aux model {model.name}")
+        slots, feed = bucket(len(own.ids), 256), None
+        if scoring.context == "cached":
+            feed = Feed(self.aux, passages, own.chunk_lengths, "shared", slots,
+                        scoring.depth(model.config.num_layers), self._pool, clock, accounting)
+        begun(feed)
+        try:
+            scores = question_scores(self.aux, own, scoring, slots, feed)
+        finally:
+            if feed is not None:
+                feed.stop()
+        clock.watch("score", scores, started)
+        if all(theirs.spans == ours.spans for theirs, ours in zip(own.chunks, prompt.chunks, strict=True)):
+            return context_scores(scores, np.int32(len(own.prefix)), bucket(prompt.context_tokens))
+        start, host = len(own.prefix), np.asarray(scores)
+        mapped = []
         for theirs, ours in zip(own.chunks, prompt.chunks, strict=True):
-            mapped.append(map_scores(scores[start : start + len(theirs.ids)], theirs.spans, ours.spans))
+            mapped.append(map_scores(host[start : start + len(theirs.ids)], theirs.spans, ours.spans))
             start += len(theirs.ids)
         return np.concatenate(mapped)
-
-    def _repair(self, prompt: Prompt, plan: Plan, fetch: Fetch | None, fetched: Fetched, slots: int, clock: Clock
-                ) -> tuple[jax.Array, KVCache]:
-        """Assemble the cache and push the plan's rows and the question through the primary."""
-        model, cfg = self.primary.model, self.primary.model.config
-        if fetch is None:
-            cache = empty(cfg, slots, self.primary.dtype)
-            positions = np.arange(len(prompt.ids))
-        else:
-            per_chunk = np.split(plan.recompute, np.cumsum(prompt.chunk_lengths)[:-1])
-            with clock("load"):
-                loaded = fetch.result(clock, wanted=[not mask.all() for mask in per_chunk])
-                fetched.absorb(loaded)
-                prefix = self.primary.prefix_kv()
-            with clock("assemble"):
-                parts = [n if kv is None else kv for kv, n in zip(loaded.kv, prompt.chunk_lengths, strict=True)]
-                cache = place(cfg, concatenate(cfg, slots, [prefix, *parts], self.primary.dtype))
-                jax.block_until_ready(cache)
-            context = len(prompt.prefix) + np.flatnonzero(plan.recompute)
-            positions = np.concatenate([context, np.arange(prompt.question_start, len(prompt.ids))])
-        with clock("recompute"):
-            logits, cache = self.rows(model, prompt.ids[positions], positions, cache)
-            jax.block_until_ready(logits)
-        return logits, cache
 
     @staticmethod
     def rows(model: Model, ids: np.ndarray, positions: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Rows at sorted positions through a model, padded to their bucket; the last row's logits, the new cache."""
-        padded_ids, padded_positions = _padded(ids, positions)
-        return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache)
-
-
-def _padded(ids: Sequence[int] | np.ndarray, positions: np.ndarray, minimum: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Rows padded to their bucket: ids with 0, positions with -1."""
-    size = bucket(len(ids), minimum)
-    out_ids, out_positions = np.zeros(size, np.int32), np.full(size, -1, np.int32)
-    out_ids[: len(ids)], out_positions[: len(ids)] = ids, positions
-    return out_ids, out_positions
+        padded_ids, padded_positions = padded(ids, positions)
+        return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache,
+                         model.attention.name)
 
 
 def _check_length(prompt: Prompt, reserve: int, limit: int, who: str) -> None:

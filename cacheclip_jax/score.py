@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cacheclip_jax.assemble import KVCache
+from cacheclip_jax.assemble import KVCache, Placement, place
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
-from cacheclip_jax.model.params import Params
+from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.precision import precision
 from cacheclip_jax.recompute import attend_and_finish
 
@@ -58,6 +58,10 @@ class Scoring:
             raise BadInput(f"layers={self.layers}: the aux model has layers 0 to {num_layers - 1}")
         return tuple(sorted({i % num_layers for i in chosen}))
 
+    def depth(self, num_layers: int) -> int:
+        """How many of the first layers must run: up to the last one that is scored."""
+        return self.layer_indices(num_layers)[-1] + 1
+
 
 # "paper" is what CacheClip (arXiv 2510.10129) does as far as known; "late" answers more of the demo's questions.
 SCORINGS = {
@@ -68,23 +72,38 @@ SCORINGS = {
 }
 
 
-@partial(jax.jit, static_argnames=("cfg", "scoring"))
+@partial(jax.jit, static_argnames=("cfg", "scoring", "start", "how"), donate_argnames=("x", "total"))
+def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring, start: int,
+               positions: Int[Array, "T"], last: Int[Array, ""], rows: tuple[Float[Array, "R H"], ...],
+               where: Placement, total: Float[Array, "S"], how: str = "blocked"
+               ) -> tuple[Float[Array, "T D"], Float[Array, "S"]]:
+    """The part of `score` that layers `start`, `start` + 1, ... do, over chunk caches just loaded; adds to `total`."""
+    return _scored(x, layers, cfg, scoring, start, positions, last, [partial(place, cfg, r, where) for r in rows],
+                   total, how)
+
+
+@partial(jax.jit, static_argnames=("cfg", "scoring", "how"))
 def score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Array, "T"], positions: Int[Array, "T"],
-          last: Int[Array, ""], cache: KVCache) -> Float[Array, "S"]:
+          last: Int[Array, ""], cache: KVCache, how: str = "blocked") -> Float[Array, "S"]:
     """Attention of the question's rows to every cache slot, reduced over rows, heads and layers.
 
     `cache` holds prefix and context of the aux at slots 0.., the question's rows follow at `positions` (padding: -1, at
     the end), `last` is the index of the last real row. Rows after softmax sum to one over prefix, context and question,
     so scores of different chunks compare; the caller keeps the context's slots.
     """
-    wanted = scoring.layer_indices(cfg.num_layers)
-    weights = np.zeros(cfg.num_layers, np.float32)
-    weights[list(wanted)] = 1 / len(wanted)
+    caches = list(zip(cache.k, cache.v, strict=True))
+    layers = params.layers[: scoring.depth(cfg.num_layers)]
+    return _scored(decoder.embed(params, ids), layers, cfg, scoring, 0, positions, last, caches[: len(layers)],
+                   jnp.zeros(cache.slots, jnp.float32), how)[1]
 
-    def step(index, carry):
-        x, cache, total = carry
-        layer = decoder.layer_at(params.layers, index)
-        x, cache, (q, keys) = attend_and_finish(x, layer, index, cfg, positions, cache)
+
+def _scored(x, layers, cfg, scoring, start, positions, last, caches, total, how):
+    wanted = scoring.layer_indices(cfg.num_layers)
+    for index, (layer, cache) in enumerate(zip(layers, caches, strict=True), start):
+        kv = cache() if callable(cache) else cache
+        x, (keys, _), q = attend_and_finish(x, layer, cfg, positions, kv, how)
+        if index not in wanted:
+            continue
         if scoring.rows == "last":
             seen = _attention(jax.lax.dynamic_slice_in_dim(q, last, 1), keys, positions[last][None])
         else:
@@ -94,10 +113,14 @@ def score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Array, "T
             reduced = over_heads.max(0)
         else:  # padding rows see nothing and add zero
             reduced = over_heads.sum(0) / (1 if scoring.rows == "last" else last + 1)
-        return x, cache, total + jnp.asarray(weights)[index] * reduced
+        total = total + reduced / len(wanted)
+    return x, total
 
-    start = (decoder.embed(params, ids), cache, jnp.zeros(cache.slots, jnp.float32))
-    return jax.lax.fori_loop(0, wanted[-1] + 1, step, start)[2]
+
+@partial(jax.jit, static_argnames="size")
+def context_scores(scores: Float[Array, "S"], prefix: Int[Array, ""], size: int) -> Float[Array, "C"]:
+    """The `size` scores from slot `prefix` on, zeros after the last slot."""
+    return jax.lax.dynamic_slice_in_dim(jnp.pad(scores, (0, size)), prefix, size)
 
 
 def _attention(q: Float[Array, "T N H"], keys: Float[Array, "K S H"], positions: Int[Array, "T"]

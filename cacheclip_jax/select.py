@@ -69,34 +69,58 @@ class Windows:
 
 def select(scores: np.ndarray, chunk_lengths: Sequence[int], budget: Budget, grouping: Groups | Windows = Groups()
            ) -> np.ndarray:
-    """Which of the context's tokens to recompute, as a boolean mask over them.
+    """Which of the context's tokens to recompute, as a boolean mask over them; `select_on_device`, fetched."""
+    return np.asarray(select_on_device(scores, chunk_lengths, budget, grouping).mask)[: sum(chunk_lengths)]
 
-    `scores` has one non-negative number per context token, chunks one after another. Groups never cross a chunk. With
+
+@dataclass(frozen=True)
+class Selected:
+    """A selection that may still be under way on the device: a mask over the context, padded with False to a bucket,
+    and how many tokens it can hold, where that's known without looking."""
+
+    mask: Bool[Array, "C"]
+    at_most: int | None
+
+
+def select_on_device(scores: np.ndarray | jax.Array, chunk_lengths: Sequence[int], budget: Budget,
+                     grouping: Groups | Windows = Groups()) -> Selected:
+    """Which of the context's tokens to recompute, without waiting for the scores.
+
+    `scores` has one non-negative number per context token, chunks one after another; on device they are followed by
+    anything up to `bucket(context tokens)`, so that what follows compiles once for it. Groups never cross a chunk. With
     `Groups` the mask holds at most one group more than the budget asks for; with `Windows` it may hold more or less.
     """
-    total = len(scores)
-    if total != sum(chunk_lengths):
-        raise ValueError(f"{total} scores for chunks of {sum(chunk_lengths)} tokens")
-    if total == 0:
-        return np.zeros(0, bool)
-    slots = bucket(total, steps=4)
-    padded = np.full(slots, -1, np.float32)
-    padded[:total] = scores
-    chunk_ends = np.repeat(np.cumsum(chunk_lengths), chunk_lengths)
+    total = sum(chunk_lengths)
+    if len(scores) < total:
+        raise ValueError(f"{len(scores)} scores for chunks of {total} tokens")
+    slots = bucket(total)
+    padded = scores
+    if len(scores) != slots:
+        padded = np.zeros(slots, np.float32)
+        padded[:total] = np.asarray(scores)[:total]
     if isinstance(grouping, Windows):
         if budget.mass is not None:
             raise BadInput("a mass budget needs Groups: the sliding window counts tokens")
         ends = np.full(slots, total, np.int32)
-        ends[:total] = chunk_ends
-        mask = select_windows(padded, ends, budget.target(total), grouping.size, grouping.density)
-    else:
-        group = np.full(slots, slots - 1, np.int32)
-        group[:total] = group_ids(chunk_lengths, grouping.size)
-        if budget.mass is not None:
-            mask = select_groups_by_mass(padded, group, budget.mass, total)
-        else:
-            mask = select_groups(padded, group, budget.target(total), total)
-    return np.asarray(mask)[:total]
+        ends[:total] = np.repeat(np.cumsum(chunk_lengths), chunk_lengths)
+        target = budget.target(total)
+        mask = select_windows(padded, ends, np.int32(total), np.int32(target), grouping.size, grouping.density)
+        return Selected(mask, None)
+    starts, sizes = _groups(chunk_lengths, grouping.size, slots)
+    if budget.mass is not None:
+        return Selected(select_groups_by_mass(padded, starts, sizes, np.float32(budget.mass), grouping.size), None)
+    target = budget.target(total)
+    mask = select_groups(padded, starts, sizes, np.int32(target), grouping.size)
+    return Selected(mask, min(total, target + grouping.size - 1) if target else 0)
+
+
+def _groups(chunk_lengths: Sequence[int], size: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """First token and number of tokens of each group, padded with empty ones to `slots`: a group has at least one."""
+    ids = group_ids(chunk_lengths, size)
+    starts, sizes = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    first = np.flatnonzero(np.diff(ids, prepend=-1))
+    starts[: len(first)], sizes[: len(first)] = first, np.diff(first, append=len(ids))
+    return starts, sizes
 
 
 def group_ids(chunk_lengths: Sequence[int], size: int) -> np.ndarray:
@@ -108,45 +132,49 @@ def group_ids(chunk_lengths: Sequence[int], size: int) -> np.ndarray:
     return np.concatenate(ids) if ids else np.zeros(0, np.int64)
 
 
-@jax.jit
-def select_groups(scores: Float[Array, "S"], group: Int[Array, "S"], budget: Int[Array, ""], total: Int[Array, ""]
-                  ) -> Bool[Array, "S"]:
-    """Whole groups from the top while fewer than `budget` tokens are taken; slots from `total` on are padding."""
-    order, before, sizes, _ = _ranked(scores, group, total)
-    return _chosen(group, order, (before(sizes) < budget) & (sizes > 0))
+@partial(jax.jit, static_argnames="size")
+def select_groups(scores: Float[Array, "C"], starts: Int[Array, "C"], sizes: Int[Array, "C"], budget: Int[Array, ""],
+                  size: int) -> Bool[Array, "C"]:
+    """Whole groups from the top while fewer than `budget` tokens are taken; a group of 0 tokens is padding."""
+    order, _ = _ranked(scores, starts, sizes, size)
+    taken = sizes[order]
+    return _chosen(starts, sizes, order, jnp.cumsum(taken) - taken < budget, size)
 
 
-@jax.jit
-def select_groups_by_mass(scores: Float[Array, "S"], group: Int[Array, "S"], mass: Float[Array, ""],
-                          total: Int[Array, ""]) -> Bool[Array, "S"]:
+@partial(jax.jit, static_argnames="size")
+def select_groups_by_mass(scores: Float[Array, "C"], starts: Int[Array, "C"], sizes: Int[Array, "C"],
+                          mass: Float[Array, ""], size: int) -> Bool[Array, "C"]:
     """Whole groups from the top until they hold the share `mass` of all scores (1.0 takes every group)."""
-    order, before, sizes, sums = _ranked(scores, group, total)
-    sums = jnp.where(sizes > 0, sums, 0)
+    order, sums = _ranked(scores, starts, sizes, size)
+    taken = sums[order]
     wanted = jnp.where(mass >= 1, jnp.inf, mass * sums.sum())
-    return _chosen(group, order, (before(sums) < wanted) & (sizes > 0))
+    return _chosen(starts, sizes, order, jnp.cumsum(taken) - taken < wanted, size)
 
 
-def _ranked(scores, group, total):
-    real = jnp.arange(scores.shape[0]) < total
-    sizes = jnp.zeros(scores.shape[0], jnp.int32).at[group].add(real)
-    sums = jnp.zeros(scores.shape[0], jnp.float32).at[group].add(jnp.where(real, scores, 0))
-    order = jnp.argsort(jnp.where(sizes > 0, -sums, jnp.inf), stable=True)  # ties: the earlier group
-    return order, lambda x: jnp.cumsum(x) - x, sizes[order], sums[order]
+def _ranked(scores, starts, sizes, size):
+    # Gathered, not scattered: sums come out the same every time, also where a scatter adds in any order.
+    within = jnp.arange(size)
+    values = scores[jnp.minimum(starts[:, None] + within, scores.shape[0] - 1)]
+    sums = jnp.where(within < sizes[:, None], values, 0).sum(1)
+    return jnp.argsort(jnp.where(sizes > 0, -sums, jnp.inf), stable=True), sums  # ties: the earlier group
 
 
-def _chosen(group, order, taken):
-    return jnp.zeros(order.shape[0], bool).at[order].set(taken)[group]
+def _chosen(starts, sizes, order, taken, size):
+    taken = jnp.zeros_like(taken).at[order].set(taken) & (sizes > 0)
+    within = jnp.arange(size)
+    tokens = jnp.where(taken[:, None] & (within < sizes[:, None]), starts[:, None] + within, starts.shape[0])
+    return jnp.zeros(starts.shape[0], bool).at[tokens.reshape(-1)].set(True, mode="drop")
 
 
 @partial(jax.jit, static_argnames=("size", "density"))
-def select_windows(scores: Float[Array, "S"], chunk_end: Int[Array, "S"], budget: Int[Array, ""], size: int,
-                   density: int) -> Bool[Array, "S"]:
-    """Union of the windows [s, s + size), cut at the chunk's end, that start at one of the `budget` best tokens and
-    hold at least `density` of them."""
+def select_windows(scores: Float[Array, "C"], chunk_end: Int[Array, "C"], total: Int[Array, ""],
+                   budget: Int[Array, ""], size: int, density: int) -> Bool[Array, "C"]:
+    """Union of the windows [s, s + size), cut at the chunk's end, that start at one of the `budget` best of the first
+    `total` tokens and hold at least `density` of them."""
     slots = scores.shape[0]
     index = jnp.arange(slots)
-    rank = jnp.zeros(slots, jnp.int32).at[jnp.argsort(-scores, stable=True)].set(index)
-    best = rank < budget
+    order = jnp.argsort(jnp.where(index < total, -scores, jnp.inf), stable=True)
+    best = (jnp.zeros(slots, jnp.int32).at[order].set(index) < budget) & (index < total)
     end = jnp.minimum(index + size, chunk_end)
     count = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(best)])
     dense = best & (count[end] - count[index] >= density)

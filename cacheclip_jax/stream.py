@@ -50,12 +50,12 @@ class AnswerStream:
             raise RuntimeError("the answer isn't finished: iterate over the stream first")
         return self._result
 
-    def step(self) -> np.ndarray:
-        """The next DECODE_STEPS tokens, -1 after the end."""
+    def step(self) -> jax.Array:
+        """Start to compute the next DECODE_STEPS tokens, -1 after the end."""
         tokens, self._state, self._cache = decode(
             self._model.params, self._model.config, self._state, self._cache, *self._sampling, steps=DECODE_STEPS,
-            greedy=self._greedy)
-        return np.asarray(tokens)
+            greedy=self._greedy, how=self._model.attention.name)
+        return tokens
 
     def __iter__(self) -> Iterator[str]:
         if self._cache is None:
@@ -63,6 +63,8 @@ class AnswerStream:
         started = time.perf_counter()
         ids: list[int] = []
         block, ended = [self._first], False
+        # One call runs while the last one's tokens are read; after the end it does nothing.
+        ahead = self.step() if self._limit > 1 else None
         while True:
             fresh: list[int] = []
             for token in block:
@@ -73,9 +75,10 @@ class AnswerStream:
             ids += fresh
             if piece := self._text.push(fresh):
                 yield piece
-            if self._text.stopped or ended or len(ids) == self._limit:
+            if self._text.stopped or ended or len(ids) == self._limit or ahead is None:
                 break
-            block = [int(t) for t in self.step() if t >= 0]
+            computed, ahead = ahead, self.step() if len(ids) + DECODE_STEPS < self._limit else None
+            block = [int(t) for t in np.asarray(computed) if t >= 0]
         if piece := self._text.finish():
             yield piece
         self._cache = None
@@ -93,5 +96,5 @@ class AnswerStream:
             hits=p.fetched.hits, misses=p.fetched.misses, encoded=tuple(p.fetched.encoded),
             repaired=tuple(p.fetched.repaired), warnings=self.warnings,
             compiles=compiles.count() - p.compiled_before,
-            times=Times(**p.clock.seconds, ttft=self._ttft, decode=decode_seconds),
+            times=Times(**p.clock.settle(), ttft=self._ttft, decode=decode_seconds),
             passages=p.passages, selection=Selection(p.plan.recompute, p.plan.scores))

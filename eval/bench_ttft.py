@@ -1,19 +1,25 @@
-"""Time to first token, by config: every method, every stage, medians; full prefill by torch in the same run."""
+"""Time to first token, by config: every method, context, ratio and place of the caches, beside full prefill.
+
+A row of JSON for each cell as it is measured; a table at the end; a plot with eval.plot_ttft.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-import importlib.metadata
+import gc
 import json
-import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -23,132 +29,259 @@ from rich.table import Table
 from cacheclip_jax import Budget, CacheClip
 from cacheclip_jax.demo import CORPUS
 from cacheclip_jax.documents import read_documents, split
-from cacheclip_jax.methods import AuxGuided, Full, Method, Naive
+from cacheclip_jax.methods import AuxGuided, Full, Method, Naive, Prefix
+from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.pull import pull
+from cacheclip_jax.prompt import PromptFormat
 from cacheclip_jax.score import SCORINGS
-from cacheclip_jax.store import Passage
+from cacheclip_jax.store import ChunkStore, Passage
+from eval import synthetic
+from eval.machine import commit, device, versions
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure, see configs/bench.", lock_config=True)
 flags.mark_flag_as_required("config")
 
 QUESTION = "Who is responsible for the pilot boat Kestrel, and what is the phone extension of that person?"
-STAGES = ("score", "select", "load", "assemble", "recompute", "ttft")
+STAGES = ("score", "select", "load", "recompute", "encode")
 
 
-def run(config) -> dict[str, Any]:
-    """Measure everything that the config asks for; returns what is written to `config.out`."""
-    console = Console(stderr=True)
-    rows: list[dict[str, Any]] = []
-    ids: np.ndarray | None = None
-    path = pull(config.primary).path
-    with tempfile.TemporaryDirectory() as store:
-        for aux in config.auxes:
-            pull(aux)
-            clip = CacheClip.load(config.primary, aux, store, dtype=config.dtype)
-            chunks = context(clip, config.context_tokens, config.chunk_tokens)
-            with console.status(f"indexing for {aux}"):
-                clip.index(chunks)
-            methods: list[tuple[str, Method]] = []
-            if not rows:
-                methods += [("full", Full()), ("naive", Naive())]
-            methods += [(f"cacheclip {ratio:.0%}, aux {aux}", AuxGuided(Budget(ratio=ratio), SCORINGS[config.scoring]))
-                        for ratio in config.ratios]
-            for name, method in methods:
-                with console.status(name):
-                    rows.append({"method": name, **measure(clip, chunks, method, config.repeats)})
-            ids = clip.primary.prompt(chunks, QUESTION).ids
-            del clip
-    if config.torch:
-        with console.status("torch"):
-            rows.append({"method": "full, transformers + torch", **measure_torch(path, ids, config)})
-    full = rows[0]["ttft"]
-    for row in rows:
-        row["speedup_over_full"] = full / row["ttft"] if row["ttft"] else None
-    return {"device": device(), "date": datetime.date.today().isoformat(), "versions": versions(),
-            "command": " ".join(["python -m eval.bench_ttft", *sys.argv[1:]]), "config": config.to_dict(), "rows": rows}
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One measurement."""
+
+    context: int
+    method: str
+    ratio: float | None = None
+    caches: str | None = None
+    aux: str | None = None
+
+    def configured(self, scoring: str) -> Method:
+        """The method that is measured."""
+        if self.method == "cacheclip":
+            assert self.ratio is not None
+            return AuxGuided(Budget(ratio=self.ratio), SCORINGS[scoring])
+        return {"full": Full, "naive": Naive, "prefix": Prefix}[self.method]()
 
 
-def context(clip: CacheClip, tokens: int, chunk_tokens: int) -> list[Passage]:
-    """Passages of the handbook, as many as make up `tokens` tokens."""
+class Bench:
+    """Models, passages and a store: what the cells of one config share."""
+
+    def __init__(self, config: Any, store: str):
+        self.config, self.store = config, store
+        self.random = config.primary in synthetic.SHAPES
+        self.primary = self._model(config.primary)
+        self.models: dict[str, Model] = {}
+        self.format = synthetic.FORMAT if self.random else PromptFormat()
+
+    def _model(self, name: str, on_cpu: bool = False) -> Model:
+        if name in synthetic.SHAPES:
+            return synthetic.random_model(name, self.config.dtype, jax.devices("cpu")[0] if on_cpu else None)
+        return load_model(pull(name).path, dtype=self.config.dtype)
+
+    def aux(self, setting: str) -> tuple[Model, str]:
+        """The aux model and scoring of a setting: NAME, NAME@cpu (on the host's CPU), NAME@joint (it prefills the
+        whole prompt)."""
+        name, _, how = setting.partition("@")
+        scoring = self.config.scoring + ("-joint" if how == "joint" else "")
+        if name == self.config.primary:
+            return self.primary, scoring
+        key = f"{name}@cpu" if how == "cpu" else name
+        if key not in self.models:
+            self.models[key] = self._model(name, how == "cpu")
+        return self.models[key], scoring
+
+    def clip(self, aux: str | None, caches: str | None) -> CacheClip:
+        """The engine that reads caches from a place."""
+        model = self.aux(aux)[0] if aux else None
+        host = {"disk": 0}.get(caches or "pinned", 64 << 30)
+        device_bytes = self.config.device_bytes if caches == "device" else 0
+        return CacheClip(self.primary, model, ChunkStore.open(self.store), prompt_format=self.format, host_bytes=host,
+                         device_bytes=device_bytes)
+
+    def question(self) -> str:
+        """A question of `question_tokens` tokens for random models, of English words for real ones."""
+        return synthetic.text(self.config.question_tokens, 7) if self.random else QUESTION
+
+    def passages(self, context: int, whole: bool = False) -> list[Passage]:
+        """Passages of `context` tokens in all; one passage of the same text where it is reused as a `whole` prefix."""
+        if self.random:
+            chunks = synthetic.passages(context, self.config.chunk_tokens)
+        else:
+            chunks = handbook(self.primary, self.format, context, self.config.chunk_tokens)
+        return [Passage.make("".join(p.text for p in chunks))] if whole else chunks
+
+
+def handbook(model: Model, prompt_format: PromptFormat, tokens: int, chunk_tokens: int) -> list[Passage]:
+    """Passages of the demo's handbook, as many as make up `tokens` tokens."""
     out: list[Passage] = []
     total = 0
     for document in read_documents([str(CORPUS)]):
-        for passage in split(document, clip.primary.model.tokenizer, chunk_tokens):
+        for passage in split(document, model.tokenizer, chunk_tokens):
             if total >= tokens:
                 return out
             out.append(passage)
-            total += len(clip.primary.encoded(passage).ids)
+            total += len(prompt_format.chunk_ids(model.tokenizer, passage).ids)
     raise ValueError(f"the handbook has {total} tokens, fewer than {tokens}")
 
 
-def measure(clip: CacheClip, chunks: list[Passage], method: Method, repeats: int) -> dict[str, Any]:
-    """Medians over `repeats` warm requests. `floor_speedup` is prompt tokens over computed rows: what a free selection,
-    free loading and free attention would give."""
-    clip.warmup(QUESTION, chunks, method=method, max_new_tokens=8)
-    results = [clip.ask(QUESTION, chunks, method=method, max_new_tokens=8) for _ in range(repeats)]
+def cells(config: Any) -> Iterator[Cell]:
+    """What the config asks for: full prefill of a context first, which the others are held against."""
+    for context in config.contexts:
+        if "full" in config.methods:
+            yield Cell(context, "full")
+        for caches in config.caches:
+            for method in config.methods:
+                if method in ("naive", "prefix"):
+                    yield Cell(context, method, caches=caches)
+                if method == "cacheclip":
+                    for aux in config.auxes if caches == config.caches[0] else config.auxes[:1]:
+                        for ratio in config.ratios:
+                            yield Cell(context, method, ratio, caches, aux)
+
+
+def run(config: Any, report: Callable[[dict[str, Any]], None]) -> None:
+    """Measure every cell; each row goes to `report` as soon as it's there."""
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(config, config.store or temporary)
+        rate = matmul_rate(config.dtype)
+        about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(),
+                 "versions": versions(), "command": " ".join(["python -m eval.bench_ttft", *sys.argv[1:]]),
+                 "model": config.primary, "dtype": config.dtype, "chunk_tokens": config.chunk_tokens,
+                 "matmul_tflops": rate / 1e12}
+        full: dict[int, float] = {}
+        clips: dict[tuple[str | None, str | None], CacheClip] = {}
+        for cell in cells(config):
+            key = (cell.aux, cell.caches)
+            if key not in clips:
+                clips.clear()
+                gc.collect()  # arrays of the last engine
+                clips[key] = bench.clip(*key)
+            row = {**about, **dataclasses.asdict(cell)}
+            try:
+                row |= measure(bench, clips[key], cell, rate)
+            except Exception as e:  # a cell that fails, for want of memory say, is a row too
+                row["error"] = f"{type(e).__name__}: {e}"[:500]
+                console.print(f"{describe(row)}: {row['error']}", markup=False)
+                report(row)
+                continue
+            if cell.method == "full":
+                full[cell.context] = row["ttft_ms"]
+            if cell.context in full:
+                row |= {"full_ms": full[cell.context], "speedup": full[cell.context] / row["ttft_ms"]}
+            console.print(f"{describe(row)}: {row['ttft_ms']:.1f} ms, {row.get('speedup', 0):.2f}x, "
+                          f"floor {row['floor_ms']:.1f} ms, "
+                          + ", ".join(f"{k} {v:.1f}" for k, v in row["stages"].items()), highlight=False)
+            report(row)
+        clips.clear()
+        question = len(bench.format.question_ids(bench.primary.tokenizer, bench.question()))
+        prompts = [len(bench.format.prefix_ids(bench.primary.tokenizer)) + c + question for c in config.contexts]
+        del bench
+        gc.collect()
+        if config.torch:
+            for context, row in torch_rows(config, about, prompts, console):
+                if context in full:
+                    row |= {"full_ms": full[context], "speedup": full[context] / row["ttft_ms"]}
+                report(row)
+
+
+def measure(bench: Bench, clip: CacheClip, cell: Cell, rate: float) -> dict[str, Any]:
+    """Medians over warm requests.
+
+    `floor_ms` is the needed FLOPs, of matrices and attention, at the rate of a large matrix product measured in the
+    same run: what a free selection, free loading and attention as fast as matrix products would give.
+    """
+    config, question = bench.config, bench.question()
+    chunks = bench.passages(cell.context, whole=cell.method == "prefix")
+    scoring = bench.aux(cell.aux)[1] if cell.aux else config.scoring
+    method = cell.configured(scoring)
+    if cell.method != "full":
+        clip.index(chunks)
+    options: dict[str, Any] = dict(method=method, max_new_tokens=1)
+    for _ in range(config.warmups):
+        clip.ask(question, chunks, **options)
+    before = memory("peak_bytes_in_use")
+    results = [clip.ask(question, chunks, **options) for _ in range(config.repeats)]
     if any(r.compiles for r in results):
-        raise RuntimeError(f"{method.name} compiled in a measured request")
-    r = results[0]
+        raise RuntimeError(f"{cell} compiled in a measured request: warm up more")
+    r, cfg = results[0], bench.primary.config
     prompt = r.prefix_tokens + r.context_tokens + r.question_tokens
-    computed = prompt if method.caches is None else r.recomputed_tokens + r.question_tokens
-    params = clip.primary.model.config.num_params
-    median = {s: statistics.median(getattr(r.times, s) for r in results) for s in STAGES}
-    return {**median, "ttft_min": min(r.times.ttft for r in results), "ttft_max": max(r.times.ttft for r in results),
-            "context_tokens": r.context_tokens, "prompt_tokens": prompt, "computed_rows": computed,
-            "realised_ratio": r.realised_ratio, "floor_speedup": prompt / computed,
-            "matrix_tflop": 2e-12 * params * computed,
-            "decode_tokens_per_second": statistics.median(r.decode_tokens_per_second for r in results)}
+    positions = np.arange(prompt)
+    if method.caches is not None:
+        context = r.prefix_tokens + np.flatnonzero(r.selection.recompute)
+        positions = np.concatenate([context, np.arange(prompt - r.question_tokens, prompt)])
+    matrices = cfg.num_params - cfg.vocab_size * cfg.d_model * (1 if cfg.tied else 2)
+    attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * float((positions + 1).sum())
+    flops = 2 * matrices * len(positions) + attention
+    ttft = [r.times.ttft for r in results]
+    median = statistics.median(ttft)
+    stages = {s: 1e3 * statistics.median(getattr(r.times, s) for r in results) for s in STAGES}
+    return {"ttft_ms": 1e3 * median, "ttft_min_ms": 1e3 * min(ttft), "ttft_max_ms": 1e3 * max(ttft),
+            "stages": {s: t for s, t in stages.items() if t}, "floor_ms": 1e3 * flops / rate,
+            "tflops": flops / median / 1e12, "share_of_floor": flops / rate / median, "rows": len(positions),
+            "prompt_tokens": prompt, "realised_ratio": r.realised_ratio, "aux_scoring": scoring if cell.aux else None,
+            "attention": bench.primary.attention.name, "peak_bytes": memory("peak_bytes_in_use"),
+            "peak_bytes_before": before}
 
 
-def measure_torch(path: Path, ids: np.ndarray | None, config) -> dict[str, Any]:
-    """Full prefill of the same ids by transformers + torch SDPA, in the same dtype, on the same cores."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        return {"ttft": None, "note": "torch isn't installed: pip install cacheclip-jax[torch]"}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype)).eval()
-    tokens = torch.from_numpy(np.asarray(ids)[None].astype(np.int64))
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(config.repeats + 1):
-            started = time.perf_counter()
-            int(model(tokens, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-            seconds.append(time.perf_counter() - started)
-    return {"ttft": statistics.median(seconds[1:]), "ttft_min": min(seconds[1:]), "ttft_max": max(seconds[1:]),
-            "torch_threads": torch.get_num_threads()}
+def memory(key: str) -> int | None:
+    """A figure of the device's allocator, where it keeps any."""
+    return (jax.devices()[0].memory_stats() or {}).get(key)
 
 
-def device() -> str:
-    """The device that computes, in words."""
-    d = jax.devices()[0]
-    if d.platform != "cpu":
-        return d.device_kind
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else [platform.processor()]
-    return f"{len(names)} cores of {names[0]}"
+def matmul_rate(dtype: str, seconds: float = 0.3) -> float:
+    """FLOP/s of a large matrix product on the default device."""
+    size = 8192 if jax.devices()[0].platform != "cpu" else 1024
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    product(a, b).block_until_ready()
+    timed: list[float] = []
+    while sum(timed) < seconds:
+        started = time.perf_counter()
+        jax.block_until_ready([product(a, b) for _ in range(4)])
+        timed.append(time.perf_counter() - started)
+    return 4 * 2 * size**3 / statistics.median(timed)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what was measured."""
-    out = {"python": platform.python_version()}
-    for name in ("cacheclip-jax", "jax", "tensorstore", "transformers", "torch"):
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    return out
+def torch_rows(config: Any, about: dict[str, Any], prompts: Sequence[int], console: Console
+               ) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Full prefill by transformers + torch on the same device, in a process of its own; nothing where torch isn't."""
+    name = config.primary if config.primary in synthetic.SHAPES else str(pull(config.primary).path)
+    on = "cpu" if jax.devices()[0].platform == "cpu" else "cuda"
+    command = [sys.executable, "-m", "eval.torch_prefill", name, ",".join(map(str, prompts)), f"--dtype={config.dtype}",
+               f"--device={on}", f"--repeats={config.repeats}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        console.print(f"torch: {done.stderr.strip().splitlines()[-1:]}", markup=False)
+        return
+    measured = json.loads(done.stdout.strip().splitlines()[-1])
+    for context, tokens in zip(config.contexts, prompts, strict=True):
+        seconds = measured[str(tokens)]
+        yield context, {**about, "context": context, "method": "full, transformers + torch", "ratio": None,
+                        "caches": None, "aux": None, "ttft_ms": 1e3 * seconds["median"],
+                        "ttft_min_ms": 1e3 * seconds["min"], "ttft_max_ms": 1e3 * seconds["max"], "stages": {},
+                        "prompt_tokens": tokens}
 
 
-def table(report: dict[str, Any]) -> Table:
-    """Milliseconds by stage."""
-    out = Table("method", *STAGES, "realised", "speed-up", "floor", title=f"{report['device']}, milliseconds, medians")
-    for r in report["rows"]:
-        cells = [f"{1e3 * r[s]:,.0f}" if r.get(s) is not None else "" for s in STAGES]
-        share = f"{r['realised_ratio']:.1%}" if "realised_ratio" in r else ""
-        out.add_row(r["method"], *cells, share, f"{r['speedup_over_full']:.2f}x" if r["speedup_over_full"] else "",
-                    f"{r['floor_speedup']:.2f}x" if "floor_speedup" in r else "")
+def describe(row: dict[str, Any]) -> str:
+    """A cell in words."""
+    parts = [f"{row['context']:,}", row["method"]]
+    parts += [f"{row['ratio']:.0%}"] if row["ratio"] is not None else []
+    return " ".join([*parts, *(str(row[k]) for k in ("caches", "aux") if row[k])])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Milliseconds by context and method."""
+    title = f"{rows[0]['model']} on {rows[0]['device']}: milliseconds, medians" if rows else "nothing measured"
+    out = Table("context", "method", "ratio", "caches", "aux", *STAGES[:4], "TTFT", "speed-up", "floor", title=title)
+    for r in rows:
+        if "error" in r:
+            continue
+        stages = [f"{r['stages'][s]:.1f}" if s in r["stages"] else "" for s in STAGES[:4]]
+        ratio = f"{r['ratio']:.0%}" if r["ratio"] is not None else ""
+        out.add_row(f"{r['context']:,}", r["method"], ratio, r["caches"] or "", r["aux"] or "", *stages,
+                    f"{r['ttft_ms']:.1f}", f"{r['speedup']:.2f}x" if "speedup" in r else "",
+                    f"{r['floor_ms']:.1f}" if "floor_ms" in r else "")
     return out
 
 
@@ -156,11 +289,16 @@ def main(argv: list[str]) -> None:
     """absl's entry point."""
     del argv
     config = _CONFIG.value
-    report = run(config)
-    target = Path(config.out)
+    target, rows = Path(config.out), []
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    Console().print(table(report))
+    with target.open("a" if config.append else "w", encoding="utf-8") as file:
+        def report(row: dict[str, Any]) -> None:
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        run(config, report)
+    Console().print(table(rows))
 
 
 if __name__ == "__main__":

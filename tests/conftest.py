@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacheclip_jax.assemble import concatenate, empty, place
+from cacheclip_jax.assemble import KVCache, empty, join, place, placement
 from cacheclip_jax.encode import encode_many, encode_prefix, no_prefix
 from cacheclip_jax.errors import BadModelFile
 from cacheclip_jax.model.config import Llama3Scaling, ModelConfig, Rope
@@ -58,7 +58,14 @@ def assembled(params, cfg: ModelConfig, prefix, chunks, slots: int, behind: str 
     prefix_kv = encode_prefix(params, cfg, list(prefix))
     anchor = prefix_kv if behind == "shared" else no_prefix(params, cfg)
     kv = dict(encode_many(params, cfg, [list(c) for c in chunks], anchor))
-    return place(cfg, concatenate(cfg, slots, [prefix_kv, *(kv[i] for i in range(len(chunks)))], dtype))
+    parts = [prefix_kv, *(kv[i] for i in range(len(chunks)))]
+    where = placement(cfg, slots, [p.shape[3] for p in parts])
+    return KVCache(*zip(*(place(cfg, jnp.asarray(r), where) for r in join(cfg, slots, parts, dtype)), strict=True))
+
+
+def stacked(cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
+    """A cache's keys and values as [L, K, S, H]."""
+    return np.stack([np.asarray(k) for k in cache.k]), np.stack([np.asarray(v) for v in cache.v])
 
 
 def rows(params, cfg: ModelConfig, ids, positions, cache, pad: int = 0):
@@ -99,3 +106,11 @@ def pair(tmp_path_factory) -> Iterator[tuple[Path, Path]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield write_pair(tmp_path_factory.mktemp("pair"))
+
+
+def by_part(qkv, heads: int, kv_heads: int, head_dim: int) -> dict[str, np.ndarray]:
+    """The rows of q, k and v, as in a checkpoint, from a layer's joint matrix or bias."""
+    qkv = np.asarray(qkv)
+    grouped = qkv.reshape(kv_heads, heads // kv_heads + 2, head_dim, *qkv.shape[1:])
+    parts = {"q": grouped[:, :-2], "k": grouped[:, -2], "v": grouped[:, -1]}
+    return {name: part.reshape(-1, *qkv.shape[1:]) for name, part in parts.items()}

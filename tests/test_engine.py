@@ -52,8 +52,8 @@ def clip(models) -> CacheClip:
 
 @pytest.fixture
 def fresh(models, tmp_path) -> CacheClip:
-    """The pair over an empty store on disk."""
-    return engine(models, ChunkStore.open(tmp_path / "store"))
+    """The pair over an empty store on disk, every chunk cache read from there."""
+    return engine(models, ChunkStore.open(tmp_path / "store"), host_bytes=0)
 
 
 def ask(clip: CacheClip, question: str = QUESTION, chunks=tuple(TEXTS[:4]), max_new_tokens: int = 12, **options):
@@ -275,7 +275,7 @@ def test_tokens_and_times_add_up(clip, method):
     assert r.prefix_tokens + r.context_tokens + r.question_tokens == len(prompt.ids)
     times = asdict(r.times)
     ttft, _ = times.pop("ttft"), times.pop("decode")
-    assert all(t >= 0 for t in times.values()) and 0 < sum(times.values()) <= ttft + 1e-3
+    assert all(0 <= t <= ttft + 1e-3 for t in times.values()) and times["recompute"] > 0
     assert json.loads(json.dumps(r.to_dict()))["chunks"] == [Passage.make(t).id for t in TEXTS[:4]]
 
 

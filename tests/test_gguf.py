@@ -53,8 +53,8 @@ def test_biases_of_llama_q_and_k_follow_their_rows(tmp_path):
     for name in [name for name in w if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
         w[name.replace("weight", "bias")] = w[name][:, 0].copy()
     params = load_model(write_gguf(tmp_path / "m.gguf", LLAMA, w), dtype=jnp.float32).params
-    np.testing.assert_array_equal(params.layers.q_bias, params.layers.q[:, :, 0])
-    np.testing.assert_array_equal(params.layers.k_bias, params.layers.k[:, :, 0])
+    for layer in params.layers:
+        np.testing.assert_array_equal(layer.qkv_bias, layer.qkv[:, 0])
 
 
 @pytest.mark.parametrize(("raw", "settings", "named"), [

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from cacheclip_jax.errors import BadModelFile, UnsupportedModel
 from cacheclip_jax.model.load import load_model
-from tests.checkpoints import LLAMA, QWEN2, VOCAB, D, weights, write_directory, write_tokenizer
+from tests.checkpoints import HEADS, KV_HEADS, LLAMA, QWEN2, VOCAB, D, H, weights, write_directory, write_tokenizer
+from tests.conftest import by_part
 
 
 def same(a, b) -> bool:
@@ -27,12 +28,16 @@ def same(a, b) -> bool:
 def test_weights_arrive_unchanged_under_their_fields(tmp_path, shards):
     w = weights(QWEN2)
     params = load_model(write_directory(tmp_path, QWEN2, w, shards), dtype=jnp.float32).params
-    names = {"q": "self_attn.q_proj.weight", "k_bias": "self_attn.k_proj.bias", "o": "self_attn.o_proj.weight",
+    names = {"o": "self_attn.o_proj.weight",
              "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
              "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight"}
     for field, name in names.items():
-        stacked = np.stack([w[f"model.layers.{i}.{name}"] for i in range(2)])
-        np.testing.assert_array_equal(getattr(params.layers, field), stacked)
+        for i, layer in enumerate(params.layers):
+            np.testing.assert_array_equal(getattr(layer, field), w[f"model.layers.{i}.{name}"])
+    for i, layer in enumerate(params.layers):
+        for kind, ours in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
+            for part, theirs in by_part(ours, HEADS, KV_HEADS, H).items():
+                np.testing.assert_array_equal(theirs, w[f"model.layers.{i}.self_attn.{part}_proj.{kind}"])
     np.testing.assert_array_equal(params.embed, w["model.embed_tokens.weight"])
     np.testing.assert_array_equal(params.head, w["lm_head.weight"])
     np.testing.assert_array_equal(params.final_norm, w["model.norm.weight"])
@@ -167,8 +172,8 @@ mesh = jax.make_mesh((2,), ("model",))
 whole = load_model(sys.argv[1], dtype=jnp.float32).params
 split = load_model(sys.argv[1], dtype=jnp.float32, mesh=mesh).params
 assert jax.tree.all(jax.tree.map(lambda a, b: (jax.device_get(a) == jax.device_get(b)).all(), whole, split))
-assert {s.data.shape for s in split.layers.q.addressable_shards} == {(2, 32, 64)}
-assert {s.data.shape for s in split.layers.down.addressable_shards} == {(2, 64, 48)}
+assert {s.data.shape for s in split.layers[0].qkv.addressable_shards} == {(64, 64)}
+assert {s.data.shape for s in split.layers[0].down.addressable_shards} == {(64, 48)}
 """
 
 

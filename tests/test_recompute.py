@@ -5,7 +5,7 @@ import pytest
 
 from cacheclip_jax.assemble import empty
 from cacheclip_jax.model.params import init
-from tests.conftest import TINY, assembled, full_prefill, max_diff, random_prompt, rows
+from tests.conftest import TINY, assembled, full_prefill, max_diff, random_prompt, rows, stacked
 
 SLOTS = 128
 
@@ -32,8 +32,8 @@ def test_ratio_one_equals_full_prefill(tiny, behind):
     logits, cache = repaired(params, cfg, prefix, chunks, question, everything, behind=behind)
     expected, full = full_prefill(params, cfg, ids)
     assert max_diff(logits, expected) < 1e-4
-    assert max_diff(cache.k[:, :, : len(ids)], full.k[:, :, : len(ids)]) < 1e-4
-    assert max_diff(cache.v[:, :, : len(ids)], full.v[:, :, : len(ids)]) < 1e-4
+    assert max_diff(stacked(cache)[0][:, :, : len(ids)], stacked(full)[0][:, :, : len(ids)]) < 1e-4
+    assert max_diff(stacked(cache)[1][:, :, : len(ids)], stacked(full)[1][:, :, : len(ids)]) < 1e-4
 
 
 def test_one_chunk_at_ratio_zero_equals_full_prefill(tiny):
@@ -62,7 +62,7 @@ def test_an_assembled_cache_holds_each_chunk_as_if_it_stood_alone_behind_the_pre
     cache = assembled(params, cfg, prefix, chunks, SLOTS)
     here, there = len(prefix) + len(chunks[0]), len(prefix)
     n = len(chunks[1])
-    assert max_diff(cache.v[:, :, here : here + n], alone.v[:, :, there : there + n]) < 1e-4
+    assert max_diff(stacked(cache)[1][:, :, here : here + n], stacked(alone)[1][:, :, there : there + n]) < 1e-4
 
 
 def test_padding_rows_and_free_slots_never_change_a_result(qwen2):
@@ -73,18 +73,18 @@ def test_padding_rows_and_free_slots_never_change_a_result(qwen2):
     padded, cache = repaired(params, cfg, prefix, chunks, question, chosen, pad=7)
     assert max_diff(plain, padded) < 1e-5
     used = sum(map(len, (prefix, *chunks, question)))
-    assert np.all(np.asarray(cache.k)[:, :, used:] == 0) and np.all(np.asarray(cache.v)[:, :, used:] == 0)
+    assert np.all(stacked(cache)[0][:, :, used:] == 0) and np.all(stacked(cache)[1][:, :, used:] == 0)
 
 
 def test_rows_overwrite_only_their_own_slots(qwen2):
     cfg, params = qwen2
     prefix, chunks, question, ids = parts(cfg)
-    before = assembled(params, cfg, prefix, chunks, SLOTS)
+    before = stacked(assembled(params, cfg, prefix, chunks, SLOTS))
     _, after = repaired(params, cfg, prefix, chunks, question, [10, 11, 50])
     touched = np.zeros(SLOTS, bool)
     touched[[len(prefix) + i for i in (10, 11, 50)]] = True
     touched[len(ids) - len(question) : len(ids)] = True
-    same = np.asarray(before.k == after.k).all(axis=(0, 1, 3))
+    same = (before[0] == stacked(after)[0]).all(axis=(0, 1, 3))
     np.testing.assert_array_equal(same, ~touched)
 
 
@@ -94,8 +94,8 @@ def test_a_later_token_never_changes_earlier_rows(qwen2):
     _, cache = full_prefill(params, cfg, ids)
     ids[60] = (ids[60] + 1) % cfg.vocab_size
     _, changed = full_prefill(params, cfg, ids)
-    assert max_diff(cache.k[:, :, :60], changed.k[:, :, :60]) == 0
-    assert max_diff(cache.k[:, :, 60:], changed.k[:, :, 60:]) > 0
+    assert max_diff(stacked(cache)[0][:, :, :60], stacked(changed)[0][:, :, :60]) == 0
+    assert max_diff(stacked(cache)[0][:, :, 60:], stacked(changed)[0][:, :, 60:]) > 0
 
 
 def test_prefill_in_two_halves_equals_one(tiny):

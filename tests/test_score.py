@@ -21,7 +21,7 @@ def attention_by_hand(params, cfg, ids, layer_index):
     positions = jnp.arange(len(ids))
     x = decoder.embed(params, jnp.asarray(ids))
     for index in range(layer_index + 1):
-        layer = decoder.layer_at(params.layers, index)
+        layer = params.layers[index]
         q, k, v = decoder.project(x, layer, cfg)
         q = rotate(q.swapaxes(0, 1), positions, cfg.rope)
         k = jnp.repeat(rotate(k.swapaxes(0, 1), positions, cfg.rope), cfg.num_heads // cfg.num_kv_heads, 0)
@@ -59,14 +59,14 @@ def test_a_token_whose_key_matches_the_question_gets_the_highest_score(qwen2):
     prefix, chunk, question = random_prompt(cfg, (5, 30, 9))
     ids = np.concatenate([prefix, chunk, question])
     _, cache = full_prefill(params, cfg, ids, 64)
-    layer = decoder.layer_at(params.layers, 0)
+    layer = params.layers[0]
     last = len(ids) - 1
     q = rotate(decoder.project(decoder.embed(params, jnp.asarray(ids)), layer, cfg)[0].swapaxes(0, 1),
                jnp.arange(len(ids)), cfg.rope)
     group = cfg.num_heads // cfg.num_kv_heads
-    planted = cache.k.at[0, :, 17].set(20 * q.reshape(cfg.num_kv_heads, group, len(ids), -1).mean(1)[:, last])
+    planted = cache.k[0].at[:, 17].set(20 * q.reshape(cfg.num_kv_heads, group, len(ids), -1).mean(1)[:, last])
     scores = score(params, cfg, Scoring(layers=(0,)), question, np.arange(len(prefix) + len(chunk), len(ids)),
-                   np.int32(len(question) - 1), KVCache(planted, cache.v))
+                   np.int32(len(question) - 1), KVCache((planted, *cache.k[1:]), cache.v))
     assert int(np.argmax(scores)) == 17
 
 

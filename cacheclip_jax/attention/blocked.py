@@ -17,8 +17,6 @@ def blocked(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, 
     T, N, H = q.shape
     K, S, _ = k.shape
     G = N // K
-    if N % K:
-        raise ValueError(f"{N} query heads are not a multiple of {K} kv heads")
     bt, bs = min(block_rows, T), min(block_slots, S)
     rows = -(-T // bt)
     q = jnp.pad(q, ((0, rows * bt - T), (0, 0), (0, 0)))

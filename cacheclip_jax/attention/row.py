@@ -6,18 +6,41 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.attention.blocked import blocked
+from cacheclip_jax.attention.cudnn import cudnn
+from cacheclip_jax.attention.dense import dense
 from cacheclip_jax.precision import precision
+
+NAMES = ("blocked", "dense", "mosaic_gpu", "mosaic_tpu", "cudnn")
 
 
 def row_attention(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"],
-                  positions: Int[Array, "T"]) -> Float[Array, "T N H"]:
+                  positions: Int[Array, "T"], how: str = "blocked") -> Float[Array, "T N H"]:
     """Attention of rows to every cache slot at or before their own position: slot s is seen by row t iff
     s <= positions[t].
 
     Rows must be sorted by position, with padding rows (position -1, output zero) at the end: blocks of slots after a
-    block's last position are skipped, not masked. Scale is H ** -0.5; N must be a multiple of K.
+    block's last position are skipped, not masked. Scale is H ** -0.5; N must be a multiple of K. Slots that no row sees
+    never influence the result, but every slot must hold a finite number: a weight of 0 times infinity is not 0.
+
+    `how` names the implementation (`choose` picks it); each raises NotImplementedError for what it can't do.
     """
-    return blocked(q, k, v, positions)
+    N, K = q.shape[1], k.shape[0]
+    if N % K:
+        raise ValueError(f"{N} query heads are not a multiple of {K} kv heads")
+    match how:
+        case "blocked":
+            return blocked(q, k, v, positions)
+        case "dense":
+            return dense(q, k, v, positions)
+        case "cudnn":
+            return cudnn(q, k, v, positions)
+        case "mosaic_gpu":  # imported here: not every platform's jaxlib has the compilers for both
+            from cacheclip_jax.attention.mosaic_gpu import mosaic_gpu
+            return mosaic_gpu(q, k, v, positions)
+        case "mosaic_tpu":
+            from cacheclip_jax.attention.mosaic_tpu import mosaic_tpu
+            return mosaic_tpu(q, k, v, positions)
+    raise ValueError(f"no row attention is called {how!r}: take one of {', '.join(NAMES)}")
 
 
 def row_attention_reference(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"],

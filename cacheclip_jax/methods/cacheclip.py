@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from cacheclip_jax.methods.method import Caches, Plan, Request
 from cacheclip_jax.score import Scoring
-from cacheclip_jax.select import Budget, Groups, Windows, select
+from cacheclip_jax.select import Budget, Groups, Windows, select_on_device
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,5 @@ class AuxGuided:
     def plan(self, request: Request) -> Plan:
         """The best groups by aux score, until the budget is spent."""
         scores = request.aux_scores(self.scoring)
-        return Plan(select(scores, request.prompt.chunk_lengths, self.budget, self.grouping), scores)
+        chosen = select_on_device(scores, request.prompt.chunk_lengths, self.budget, self.grouping)
+        return Plan(chosen.mask, scores, chosen.at_most)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
+import jax
 import numpy as np
 
 from cacheclip_jax.errors import BadInput
@@ -21,23 +22,39 @@ def check_prefix(prefix: str) -> None:
         raise BadInput(f"prefix={prefix!r}: choose shared or none")
 
 
+Scores = np.ndarray | jax.Array
+
+
 @dataclass(frozen=True)
 class Request:
     """What a method may look at: the primary's prompt, and the aux model's scores, computed when asked for.
 
-    `aux_scores(scoring)` returns one score per context token of `prompt`.
+    `aux_scores(scoring)` returns one score per context token of `prompt`; on device there may be more after them. The
+    first call also starts to load the primary's caches: a plan without it loads only what it leaves something of.
     """
 
     prompt: Prompt
-    aux_scores: Callable[[Scoring], np.ndarray]
+    aux_scores: Callable[[Scoring], Scores]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which context tokens are recomputed (boolean, one per context token), and the scores behind it, if any."""
+    """Which context tokens are recomputed (boolean, one per context token; on device more may follow, all False), and
+    the scores behind it, if any. `at_most` bounds how many, where the device knows the selection and the host not yet.
+    """
 
-    recompute: np.ndarray
-    scores: np.ndarray | None = None
+    recompute: np.ndarray | jax.Array
+    scores: Scores | None = None
+    at_most: int | None = None
+
+    def count(self) -> int:
+        """Tokens to recompute, or what bounds them; waits for the device only where nothing does."""
+        return int(np.asarray(self.recompute).sum()) if self.at_most is None else self.at_most
+
+    def fetched(self, context_tokens: int) -> Plan:
+        """The plan on the host, one entry per context token."""
+        scores = None if self.scores is None else np.asarray(self.scores)[:context_tokens]
+        return Plan(np.asarray(self.recompute)[:context_tokens], scores)
 
 
 class Method(Protocol):

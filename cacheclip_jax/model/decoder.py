@@ -20,19 +20,16 @@ def embed(params: Params, ids: Int[Array, "T"]) -> Float[Array, "T D"]:
     return params.embed[ids]
 
 
-def layer_at(layers: Layer, index: Int[Array, ""] | int) -> Layer:
-    """One layer of the stacked weights."""
-    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), layers)
-
-
 def project(x: Float[Array, "T D"], layer: Layer, cfg: ModelConfig
             ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """Queries, keys and values of rows, before RoPE."""
     with jax.named_scope("project"):
         x = _norm(x, layer.attn_norm, cfg)
-        q = _linear(x, layer.q, layer.q_bias).reshape(-1, cfg.num_heads, cfg.head_dim)
-        k = _linear(x, layer.k, layer.k_bias).reshape(-1, cfg.num_kv_heads, cfg.head_dim)
-        v = _linear(x, layer.v, layer.v_bias).reshape(-1, cfg.num_kv_heads, cfg.head_dim)
+        groups = cfg.num_heads // cfg.num_kv_heads
+        qkv = _linear(x, layer.qkv, layer.qkv_bias)
+        qkv = qkv.reshape(-1, cfg.num_kv_heads, groups + 2, cfg.head_dim)
+        q = qkv[:, :, :groups].reshape(-1, cfg.num_heads, cfg.head_dim)
+        k, v = qkv[:, :, groups], qkv[:, :, groups + 1]
         if cfg.qk_norm:
             q, k = _norm(q, layer.q_norm, cfg), _norm(k, layer.k_norm, cfg)
         return q, k, v
@@ -63,13 +60,27 @@ def _norm(x: Float[Array, "... D"], weight: Float[Array, "D"], cfg: ModelConfig)
 
 def _linear(x: Float[Array, "T I"], weight: Float[Array, "O I"], bias: Float[Array, "O"] | None
             ) -> Float[Array, "T O"]:
-    y = _matmul(x, weight)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    """x @ weight.T + bias, accumulated in float32, returned in x's dtype."""
+    def rounded_last(x, weight, bias):
+        y = _matmul(x, weight)
+        return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+    def rounded_by_library(x, weight, bias):  # float32 output costs 15% of the product's time on an H100
+        y = jnp.einsum("ti,oi->to", x, weight, preferred_element_type=x.dtype, precision=precision(x.dtype))
+        return y if bias is None else y + bias
+
+    return jax.lax.platform_dependent(x, weight, bias, cpu=rounded_last, default=rounded_by_library)
 
 
 def _matmul(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
     """x @ weight.T, accumulated in and returned as float32."""
-    if x.shape[0] == 1:
+    def product(x, weight):
+        return jnp.einsum("ti,oi->to", x, weight, preferred_element_type=jnp.float32, precision=precision(x.dtype))
+
+    def two_rows(x, weight):
         # XLA:CPU computes a single row on one thread: 191 ms for the head of Qwen2.5-0.5B, where two rows take 13.
-        return _matmul(jnp.pad(x, ((0, 1), (0, 0))), weight)[:1]
-    return jnp.einsum("ti,oi->to", x, weight, preferred_element_type=jnp.float32, precision=precision(x.dtype))
+        return product(jnp.pad(x, ((0, 1), (0, 0))), weight)[:1]
+
+    if x.shape[0] != 1:
+        return product(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=two_rows, default=product)

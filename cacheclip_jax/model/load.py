@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import safetensors
 from jax.sharding import Mesh
 
+from cacheclip_jax.attention.choose import Choice, choose
 from cacheclip_jax.errors import BadModelFile, UnsupportedModel
 from cacheclip_jax.model import gguf, pull
 from cacheclip_jax.model.config import ModelConfig, read_config
@@ -31,10 +33,8 @@ from cacheclip_jax.model.tokenizer import Tokenizer
 _TOP = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
-    "q": "self_attn.q_proj.weight", "k": "self_attn.k_proj.weight", "v": "self_attn.v_proj.weight",
     "o": "self_attn.o_proj.weight", "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight", "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias", "o_bias": "self_attn.o_proj.bias", "gate_bias": "mlp.gate_proj.bias",
+    "down": "mlp.down_proj.weight", "o_bias": "self_attn.o_proj.bias", "gate_bias": "mlp.gate_proj.bias",
     "up_bias": "mlp.up_proj.bias", "down_bias": "mlp.down_proj.bias",
     "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight",
 }
@@ -54,6 +54,14 @@ class Model:
     params: Params
     tokenizer: Tokenizer
     fingerprint: str
+
+    @cached_property
+    def attention(self) -> Choice:
+        """Which implementation of row attention runs this model where its weights are, and why."""
+        devices = self.params.embed.sharding.device_set
+        device = next(iter(devices))
+        return choose(device.platform, getattr(device, "compute_capability", None), self.config.head_dim,
+                      self.params.embed.dtype, sharded=len(devices) > 1)
 
 
 def load_model(source: str | Path, *, dtype: Any, mesh: Mesh | None = None,
@@ -145,9 +153,9 @@ def _matched(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> 
     """The tensors that the model needs; all that is missing, misshapen or left over in one BadModelFile."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree.leaves_with_path(abstract(config, np.float32)):
-        names = _hf_names(path, config)
-        shape = leaf.shape[1:] if path[0].name == "layers" else leaf.shape
-        expected |= dict.fromkeys(names, shape)
+        for piece in _pieces(path, config, leaf.shape[0]):
+            rows = expected.get(piece.name, (0,))[0]
+            expected[piece.name] = (rows + piece.rows, *leaf.shape[1:])
     extra = [name for name in tensors if name not in expected and not _HARMLESS.fullmatch(name)]
     if config.tied and _TOP["head"] in extra:
         extra.remove(_TOP["head"])
@@ -166,35 +174,57 @@ def _matched(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> 
     return {name: tensors[name] for name in expected}
 
 
-def _hf_names(path: tuple, config: ModelConfig) -> list[str]:
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a checkpoint's tensor, and where in a leaf they go."""
+
+    name: str
+    source: int
+    target: int
+    rows: int
+
+
+def _pieces(path: tuple, config: ModelConfig, rows: int) -> list[_Piece]:
+    """What a leaf of Params is made of: one tensor, or for `qkv` the rows of three, kv head by kv head."""
     field = path[-1].name
     if path[0].name != "layers":
-        return [_TOP[field]]
-    return [f"model.layers.{i}.{_LAYER[field]}" for i in range(config.num_layers)]
+        return [_Piece(_TOP[field], 0, 0, rows)]
+    layer = f"model.layers.{path[1].idx}"
+    if not field.startswith("qkv"):
+        return [_Piece(f"{layer}.{_LAYER[field]}", 0, 0, rows)]
+    kind = "bias" if field == "qkv_bias" else "weight"
+    groups, H = config.num_heads // config.num_kv_heads, config.head_dim
+    out = []
+    for head in range(config.num_kv_heads):
+        target = head * (groups + 2) * H
+        for part, count, offset in (("q", groups, 0), ("k", 1, groups), ("v", 1, groups + 1)):
+            name = f"{layer}.self_attn.{part}_proj.{kind}"
+            out.append(_Piece(name, head * count * H, target + offset * H, count * H))
+    return out
 
 
 def _read_params(tensors: Mapping[str, Tensor], config: ModelConfig, dtype: Any, mesh: Mesh | None) -> Params:
     leaves, tree = jax.tree.flatten_with_path(abstract(config, dtype, mesh))
+
+    def read(path: tuple, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
+        extents = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
+        out = np.empty([len(e) for e in extents], leaf.dtype)
+        first, end = extents[0].start, extents[0].stop
+        for piece in _pieces(path, config, leaf.shape[0]):
+            low, high = max(piece.target, first), min(piece.target + piece.rows, end)
+            if low < high:
+                shift = piece.source - piece.target
+                tensors[piece.name].fill(out[low - first : high - first],
+                                         (slice(low + shift, high + shift), *index[1:]))
+        return out
+
+    def make(path_and_leaf: tuple) -> jax.Array:
+        path, leaf = path_and_leaf
+        callback = functools.partial(read, path, leaf)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, callback, dtype=leaf.dtype)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def read(parts: list[Tensor], leaf: jax.ShapeDtypeStruct, stacked: bool,
-                 index: tuple[slice, ...]) -> np.ndarray:
-            extents = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
-            out = np.empty([len(e) for e in extents], leaf.dtype)
-            if not stacked:
-                parts[0].fill(out, index, pool.map)
-            else:
-                chosen = (parts[i] for i in extents[0])
-                for _ in pool.map(lambda part, place: part.fill(place, index[1:]), chosen, out):
-                    pass
-            return out
-
-        arrays = []
-        for path, leaf in leaves:
-            parts = [tensors[name] for name in _hf_names(path, config)]
-            callback = functools.partial(read, parts, leaf, path[0].name == "layers")
-            arrays.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, callback, dtype=leaf.dtype))
-    return jax.tree.unflatten(tree, arrays)
+        return jax.tree.unflatten(tree, pool.map(make, leaves))
 
 
 def _fingerprint(tensors: Mapping[str, Tensor], config: ModelConfig) -> str:

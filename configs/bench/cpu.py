@@ -1,4 +1,4 @@
-"""TTFT on a CPU: full prefill, naive reuse and CacheClip over 2,000 context tokens read from disk; torch beside it.
+"""TTFT on a CPU: full prefill, reuse and CacheClip over 2,000 context tokens of a real small model; torch beside it.
 
     python -m eval.bench_ttft --config=configs/bench/cpu.py
 
@@ -13,13 +13,20 @@ def get_config() -> ml_collections.ConfigDict:
     """The small pair, and the primary as its own aux."""
     return ml_collections.ConfigDict({
         "primary": "qwen2.5-coder-0.5b",
-        "auxes": ("smollm2-135m", "qwen2.5-coder-0.5b"),
+        "auxes": ("qwen2.5-coder-0.5b", "smollm2-135m"),
         "dtype": "bfloat16",
-        "context_tokens": 2000,
-        "chunk_tokens": 128,
-        "ratios": (0.2, 0.1),
         "scoring": "late",
+        "contexts": (2000,),
+        "chunk_tokens": 128,
+        "question_tokens": 32,
+        "ratios": (0.2, 0.1),
+        "methods": ("full", "prefix", "naive", "cacheclip"),
+        "caches": ("pinned", "disk"),
+        "device_bytes": 0,
+        "warmups": 2,
         "repeats": 5,
         "torch": True,
-        "out": "results/bench/cpu.json",
+        "store": "",
+        "out": "results/ttft_cpu.jsonl",
+        "append": False,
     })

@@ -1,0 +1,24 @@
+"""Row attention for few rows: all logits at once, so that the work spreads over slots rather than over rows."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cacheclip_jax.precision import precision
+
+
+def dense(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"]
+          ) -> Float[Array, "T N H"]:
+    """Row attention (see `row_attention`) with logits in float32; takes 4 T N S bytes for them."""
+    T, N, H = q.shape
+    K, S, _ = k.shape
+    exact = precision(q.dtype)
+    grouped = q.reshape(T, K, N // K, H)
+    s = jnp.einsum("tkgh,ksh->kgts", grouped, k, preferred_element_type=jnp.float32, precision=exact) * H**-0.5
+    # A padding row sees slot 0, so that its softmax is defined; its output is dropped.
+    s = jnp.where(jnp.arange(S) <= jnp.maximum(positions, 0)[:, None], s, -jnp.inf)
+    p = jnp.exp(s - s.max(-1, keepdims=True))
+    out = jnp.einsum("kgts,ksh->tkgh", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact)
+    out /= p.sum(-1).transpose(2, 0, 1)[..., None]
+    return jnp.where(positions[:, None, None] >= 0, out.reshape(T, N, H), 0).astype(q.dtype)

@@ -1,0 +1,75 @@
+"""A bounded tier of chunk caches on the device: what was used lately is gathered from there and not loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, Int
+
+from cacheclip_jax.host import Key
+from cacheclip_jax.model.config import ModelConfig
+
+
+class DeviceTier:
+    """One array of rows for each layer, written round and round: what lies under the pen is forgotten.
+
+    A request's missing parts are loaded as one block and kept where they are put; a part is found again by its key
+    while no later block has overwritten it. For one request at a time: `rows` are donated to the program that adds to
+    them, and come back by `written`.
+    """
+
+    def __init__(self, cfg: ModelConfig, limit_bytes: int, dtype: Any, sharding: Sharding):
+        row_bytes = cfg.num_layers * cfg.head_dim * jnp.dtype(dtype).itemsize
+        self.capacity = limit_bytes // row_bytes
+        self._shape, self._dtype, self._sharding = (self.capacity, cfg.head_dim), dtype, sharding
+        self._num_layers = cfg.num_layers
+        self._rows: list[jax.Array] = []
+        self._parts: dict[Key, tuple[int, int]] = {}  # first row, number of rows
+        self._pen = 0
+
+    def find(self, keys: Sequence[Key]) -> list[int | None]:
+        """The first row of each part, None where it isn't here."""
+        return [self._parts[k][0] if k in self._parts else None for k in keys]
+
+    def reserve(self, block: int) -> int | None:
+        """The first row of room for `block` rows, None when there is never so much; what lay there is forgotten."""
+        if block > self.capacity:
+            return None
+        at = self._pen if self._pen + block <= self.capacity else 0
+        self._parts = {k: (first, n) for k, (first, n) in self._parts.items()
+                       if first + n <= at or first >= at + block}
+        self._pen = at + block
+        return at
+
+    def keep(self, keys: Sequence[Key], sizes: Sequence[int], missing: Sequence[bool], at: int) -> None:
+        """Note that a block that begins at row `at` holds the missing ones of some parts, one after another."""
+        for key, size, absent in zip(keys, sizes, missing, strict=True):
+            if absent:
+                self._parts.setdefault(key, (at, size))
+                at += size
+
+    def take(self, start: int, stop: int) -> tuple[jax.Array, ...]:
+        """The rows of layers `start` to `stop`, to be donated; zeros at first."""
+        if not self._rows:
+            self._rows = [jnp.zeros(self._shape, self._dtype, device=self._sharding) for _ in range(self._num_layers)]
+        return tuple(self._rows[start:stop])
+
+    def written(self, start: int, rows: Sequence[jax.Array]) -> None:
+        """Give rows back after a program has added to them."""
+        self._rows[start : start + len(rows)] = rows
+
+    def clear(self) -> None:
+        """Forget everything: after an error, when what was donated may be lost."""
+        self._parts, self._rows, self._pen = {}, [], 0
+
+
+@partial(jax.jit, donate_argnames="kept")
+def add_block(kept: tuple[Float[Array, "P H"], ...], new: tuple[Float[Array, "R H"], ...], at: Int[Array, ""]
+              ) -> tuple[Float[Array, "P H"], ...]:
+    """Write a block of rows into each layer's, in place."""
+    return tuple(jax.lax.dynamic_update_slice(k, n, (at, 0)) for k, n in zip(kept, new, strict=True))

@@ -1,0 +1,142 @@
+"""What the numbers say: retention and its confidence interval, whether two methods differ, how far logits moved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from cacheclip_jax.errors import BadInput
+
+Scores = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic of n samples with its confidence interval; NaN where the samples don't define it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def retention(method: Scores, full: Scores, *, answered: bool = False, level: float = 0.95, resamples: int = 2000,
+              seed: int = 0) -> Estimate:
+    """Mean score of a method over mean score of full attention on the same samples, with a percentile bootstrap
+    interval in which both scores of a sample are drawn together (resamples=0: without one).
+
+    answered: over the samples only that full attention scores above 0 on, which says what reuse loses of what there
+    was to lose. NaN without such a sample.
+    """
+    m, f = _paired(method, full)
+    if answered:
+        m, f = m[f > 0], f[f > 0]
+    if not f.sum() > 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), len(f))
+
+    def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+        below = b.mean(axis=axis)
+        # A resample without any point for full attention has no ratio; it is left out of the percentiles.
+        return np.divide(a.mean(axis=axis), below, out=np.full(np.shape(below), np.nan), where=below > 0)
+
+    return _interval((m, f), ratio, level, resamples, seed)
+
+
+def mean(scores: Scores, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean score with a percentile bootstrap interval."""
+    values = np.asarray(scores, float)
+    if not len(values):
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    return _interval((values,), lambda a, axis=-1: a.mean(axis=axis), level, resamples, seed)
+
+
+def _interval(data, statistic, level: float, resamples: int, seed: int) -> Estimate:
+    from scipy.stats import DegenerateDataWarning, bootstrap
+
+    n = len(data[0])
+    value = float(statistic(*data))
+    if n < 2 or not resamples:
+        return Estimate(value, float("nan"), float("nan"), n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # it is about resamples that nanquantile leaves out
+        drawn = bootstrap(data, statistic, paired=True, vectorized=True, n_resamples=resamples, confidence_level=level,
+                          method="percentile", rng=np.random.default_rng(seed)).bootstrap_distribution
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high), n)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mean difference of two methods on the same samples and the two-sided p-value of "there is none"."""
+
+    difference: float
+    p_value: float
+    n: int
+
+
+def compare(first: Scores, second: Scores, *, test: Literal["sign-flip", "bootstrap"] = "sign-flip",
+            resamples: int = 9999, seed: int = 0) -> Comparison:
+    """Whether `first` scores higher than `second`, by a paired test.
+
+    sign-flip: each sample's difference keeps or changes its sign at random (exact where 2**n is small enough).
+    bootstrap: how often a resampled mean difference lies on the other side of 0.
+    """
+    a, b = _paired(first, second)
+    differences = a - b
+    n, value = len(differences), float(differences.mean()) if len(differences) else float("nan")
+    if test not in ("sign-flip", "bootstrap"):
+        raise BadInput(f"test={test!r}: choose sign-flip or bootstrap")
+    if n == 0 or not differences.any():
+        return Comparison(value, 1.0 if n else float("nan"), n)
+    rng = np.random.default_rng(seed)
+    if test == "bootstrap":
+        means = differences[rng.integers(0, n, (resamples, n))].mean(axis=1)
+        tail = 1 + min((means <= 0).sum(), (means >= 0).sum())
+        return Comparison(value, min(1.0, 2 * float(tail) / (resamples + 1)), n)
+    from scipy.stats import permutation_test
+
+    result = permutation_test((differences,), lambda d, axis=-1: d.mean(axis=axis), permutation_type="samples",
+                              vectorized=True, n_resamples=resamples, rng=rng)
+    return Comparison(value, float(result.pvalue), n)
+
+
+def kl_divergence(full: Float[np.ndarray, "*B V"], other: Float[np.ndarray, "*B V"]) -> Float[np.ndarray, "*B"]:
+    """KL(full || other) in nats, from logits, computed in float64: how much the reference distribution is missed."""
+    p, q = _log_softmax(full), _log_softmax(other)
+    if p.shape != q.shape:
+        raise BadInput(f"logits of shapes {p.shape} and {q.shape} don't compare: they must be of the same rows")
+    seen = np.isfinite(p)  # what the reference never says costs nothing
+    with np.errstate(invalid="ignore"):
+        terms = np.where(seen, np.exp(p) * (p - q), 0.0)
+    return np.maximum(terms.sum(-1), 0.0)
+
+
+def top1_agreement(full: Float[np.ndarray, "*B V"], other: Float[np.ndarray, "*B V"]) -> float:
+    """Share of rows whose most likely token is the same."""
+    a, b = np.asarray(full), np.asarray(other)
+    if a.shape != b.shape:
+        raise BadInput(f"logits of shapes {a.shape} and {b.shape} don't compare: they must be of the same rows")
+    return float((a.argmax(-1) == b.argmax(-1)).mean())
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    from scipy.special import log_softmax
+
+    values = np.asarray(logits, np.float64)
+    if np.isnan(values).any() or np.isposinf(values).any():
+        raise BadInput("logits hold NaN or infinity: a model that computes them is broken")
+    return log_softmax(values, axis=-1)
+
+
+def _paired(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    if a.shape != b.shape or a.ndim != 1:
+        raise BadInput(f"{len(a)} and {len(b)} scores aren't pairs: give one score a sample, in the same order")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise BadInput("scores must be finite numbers")
+    return a, b

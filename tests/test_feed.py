@@ -1,0 +1,104 @@
+"""Feeds: the same assembled cache from the store, host memory and the device, in any order and size of request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cacheclip_jax import CacheClip, ChunkStore, Passage
+from cacheclip_jax.device import DeviceTier
+from cacheclip_jax.errors import StoreError
+from cacheclip_jax.host import HostTier
+from cacheclip_jax.loader import _shares
+from cacheclip_jax.model.load import load_model
+from tests.conftest import max_diff, stacked
+from tests.test_engine import QUESTION, TEXTS
+
+
+@pytest.fixture(scope="module")
+def models(pair):
+    return tuple(load_model(path, dtype="float32") for path in pair)
+
+
+@pytest.fixture(scope="module")
+def store(models):
+    opened = ChunkStore.open("memory://feed")
+    CacheClip(*models, opened).index(map(Passage.make, TEXTS))
+    return opened
+
+
+def prefilled(clip, chunks, method="cacheclip"):
+    done = clip.prefill(QUESTION, chunks, method=method)
+    assert not done.fetched.misses and not done.fetched.warnings
+    return done
+
+
+REQUESTS = [TEXTS[:3], TEXTS[:3], TEXTS[2::-1], TEXTS[1:5], [TEXTS[0], TEXTS[0], TEXTS[5]], TEXTS, TEXTS[:1],
+            TEXTS[::-1]]
+
+
+@pytest.mark.parametrize("tokens", [0, 150, 300, 5000], ids=lambda n: f"tier-of-{n}")
+@pytest.mark.parametrize("method", ["cacheclip", "prefix", "naive"])
+def test_where_a_chunk_comes_from_never_changes_a_bit(models, store, tokens, method):
+    plain = CacheClip(*models, store, host_bytes=0)
+    size = sum(m.config.kv_values_per_token * 4 for m in models)
+    tiered = CacheClip(*models, store, device_bytes=tokens * size)
+    for chunks in REQUESTS:
+        expected, got = (prefilled(c, chunks, method) for c in (plain, tiered))
+        assert max_diff(expected.logits, got.logits) == 0
+        used = len(expected.prompt.ids)
+        for a, b in zip(stacked(expected.cache), stacked(got.cache), strict=True):
+            np.testing.assert_array_equal(a[:, :, :used], b[:, :, :used])
+        assert got.fetched.hits == expected.fetched.hits
+
+
+def test_what_lies_on_the_device_is_read_from_nowhere_else(models, store, monkeypatch):
+    clip = CacheClip(*models, store, host_bytes=0, device_bytes=1 << 24)
+    first = prefilled(clip, TEXTS)
+
+    def unreadable(*args, **kwargs):
+        raise StoreError("nothing may be read")
+
+    monkeypatch.setattr(clip.store, "read_all", unreadable)
+    assert max_diff(prefilled(clip, TEXTS).logits, first.logits) == 0
+    with pytest.raises(StoreError, match="nothing may be read"):
+        prefilled(clip, [*TEXTS, "the dog sat on another mat"])
+
+
+def test_the_host_tier_is_bounded_and_drops_what_was_used_least_recently():
+    tier = HostTier(100)
+    a, b, c = (np.full(40, i, np.uint8) for i in range(3))
+    tier.put(("s", "a"), a)
+    tier.put(("s", "b"), b)
+    assert tier.get(("s", "a")) is a
+    tier.put(("s", "c"), c)
+    assert tier.get(("s", "b")) is None and tier.get(("s", "a")) is a and tier.used_bytes == 80
+    tier.put(("s", "large"), np.zeros(101, np.uint8))
+    assert len(tier) == 2
+    tier.drop(("s", "a"))
+    assert tier.get(("s", "a")) is None and tier.used_bytes == 40
+
+
+def test_a_device_tier_never_finds_what_a_later_block_lies_on(models):
+    cfg = models[0].config
+    tier = DeviceTier(cfg, 100 * cfg.num_layers * cfg.head_dim * 4, "float32", models[0].params.final_norm.sharding)
+    assert tier.capacity == 100 and tier.reserve(101) is None
+    rng, lies = np.random.default_rng(0), {}
+    for n in range(60):
+        size = int(rng.integers(1, 45))
+        at = tier.reserve(size)
+        lies = {k: (first, count) for k, (first, count) in lies.items() if first + count <= at or first >= at + size}
+        key = ("space", str(n))
+        tier.keep([key], [size], [True], at)
+        lies[key] = (at, size)
+        assert at + size <= 100
+        assert tier.find([("space", str(i)) for i in range(n + 1)]) == [
+            lies.get(("space", str(i)), (None,))[0] for i in range(n + 1)]
+
+
+def test_workers_share_parts_about_equally():
+    sizes = np.random.default_rng(0).integers(1, 1000, 50)
+    shares = _shares(sizes, 8)
+    assert sorted(i for share in shares for i in share) == list(range(50))
+    loads = [sizes[share].sum() for share in shares]
+    assert max(loads) - min(loads) <= sizes.max()

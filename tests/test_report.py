@@ -1,0 +1,203 @@
+"""The report: numbers are those of the rows, pairs are of the same samples, the page needs nothing else."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+from cacheclip_jax.errors import BadInput
+from eval import report
+from eval.rows import Row, against, cells, read_rows
+
+KEYS = ["run", "device", "date", "commit", "primary", "aux", "aux_adapter", "task", "length", "method", "preset",
+        "ratio", "realised_ratio", "n", "score", "full_score", "retention", "ci_low", "ci_high", "kl_first_token",
+        "top1_agreement"]
+
+
+def rows(run="r1", lengths=(4096, 8192)):
+    """Ten samples of two tasks; cacheclip loses the fifth, naive every second."""
+    out = []
+    for length in lengths:
+        for task in ("niah_single_1", "vt"):
+            for i in range(10):
+                full = Row(run, task, length, "full", f"s{i}", "gold <b>", ("gold", "gone"), 1.0 if i else 0.0,
+                           times={"ttft": 2.0 + i / 10}, depth=10.0 * i, device="one GPU", primary="big", aux="small",
+                           realised_ratio=1.0, date="2026-11-24", commit="abc")
+                out.append(full)
+                for ratio in (0.1, 0.2):
+                    out.append(replace(full, method="cacheclip", preset="late", ratio=ratio,
+                                       realised_ratio=ratio + 0.01, score=0.0 if i in (0, 5) else 1.0,
+                                       times={"ttft": 0.5}, kl_first_token=0.25, top1=i != 5, question="Where?",
+                                       context=("noise ", "gold & more"), selected=((6, 10),)))
+                out.append(replace(full, method="naive", score=float(i % 2), times={"ttft": 0.2}, realised_ratio=0.0))
+    return out
+
+
+@pytest.fixture(scope="module")
+def made():
+    return cells(rows())
+
+
+def of(made, method, ratio=None, task="vt", length=4096):
+    return next(c for c in made if (c.first.method, c.first.ratio, c.first.task, c.first.length)
+                == (method, ratio, task, length))
+
+
+def test_a_line_has_the_keys_and_numbers_of_its_rows(made):
+    line = of(made, "cacheclip", 0.2).to_dict()
+    assert list(line) == KEYS
+    assert (line["n"], line["score"], line["full_score"]) == (10, 0.8, 0.9)
+    assert line["retention"] == pytest.approx(8 / 9, abs=1e-6)
+    assert line["ci_low"] < line["retention"] <= line["ci_high"]
+    assert (line["kl_first_token"], line["top1_agreement"]) == (0.25, 0.9)
+    assert line["realised_ratio"] == pytest.approx(0.21)
+
+
+def test_full_attention_retains_itself(made):
+    line = of(made, "full").to_dict()
+    assert (line["retention"], line["ci_low"], line["ci_high"], line["kl_first_token"]) == (1, 1, 1, None)
+
+
+def test_what_is_no_number_is_null_in_valid_json():
+    some = [replace(r, score=0.0) for r in rows() if r.sample == "s1"]
+    line = json.loads(json.dumps(of(cells(some), "naive").to_dict(), allow_nan=False))
+    assert line["retention"] is None and line["ci_low"] is None and line["score"] == 0
+
+
+def test_methods_are_tested_on_the_samples_that_both_answered():
+    made = cells([r for r in rows() if r.method != "naive" or r.sample not in ("s1", "s3")])
+    test = against([of(made, "naive")], [of(made, "cacheclip", 0.2)])
+    assert test.n == 8 and test.difference < 0
+
+
+def test_the_summary_tests_against_the_reference_at_the_same_or_its_largest_ratio():
+    made = cells(rows(lengths=(4096,)) + [replace(r, method="random", preset="", score=0.0) for r in
+                                          rows(lengths=(4096,)) if r.ratio == 0.1])
+    lines = {(line[0], line[1]): line[-1] for line in report.summary(made, "cacheclip")}
+    assert lines["cacheclip late", "10.0"] == "" and lines["random", "10.0"].startswith("-80.0 (")
+    assert lines["naive", ""].startswith("-30.0 (") and lines["full", ""].startswith("+10.0 (")
+
+
+def test_runs_never_mix():
+    other = [replace(r, score=0.0) if r.method != "full" else r for r in rows("r2", lengths=(4096,))]
+    made = cells([*rows("r1", lengths=(4096,)), *other])
+    text = report.markdown(made)
+    assert "## r1: 4096 tokens" in text and "## r2: 4096 tokens" in text
+    assert "| cacheclip late | 20.0 | 21.0 | 2 | 20 | 80.0 |" in text
+    assert "| cacheclip late | 20.0 | 21.0 | 2 | 20 | 0.0 |" in text
+
+
+def test_a_sample_without_full_attentions_answer_or_answered_twice_is_refused():
+    with pytest.raises(BadInput, match="full attention hasn't answered 10 of the 10"):
+        cells([r for r in rows() if r.method != "full" or r.task != "vt"])
+    with pytest.raises(BadInput, match="more than once"):
+        cells([*rows(), rows()[1]])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("written")
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(r.to_json() + "\n" for r in rows()), encoding="utf-8")
+    return source, report.write([source], tmp_path / "results" / "quality")
+
+
+def test_rows_survive_the_file(written):
+    assert read_rows([written[0]]) == rows()
+
+
+def test_results_of_other_runs_stay_and_those_of_this_one_are_replaced(written, made, tmp_path):
+    kept = written[1][0].read_text().splitlines()
+    other = tmp_path / "quality.jsonl"
+    other.write_text("".join(line.replace('"r1"', '"r0"') + "\n" + line + "\n" for line in kept))
+    lines = report.merged(other, made)
+    assert [line["run"] for line in lines] == ["r0"] * len(kept) + ["r1"] * len(kept)
+    assert [json.dumps(line) for line in lines[len(kept):]] == kept
+    other.write_text("[]\n")
+    with pytest.raises(BadInput, match="isn't a file of results"):
+        report.merged(other, made)
+
+
+def test_the_same_rows_give_the_same_bytes(written, tmp_path):
+    source, first = written
+    second = report.write([source], tmp_path / "again")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_markdown_tables_are_whole(written):
+    text = written[1][1].read_text()
+    assert "## r1: 4096 tokens" in text and "## r1: 8192 tokens" in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+    assert re.search(r"\| vt \| cacheclip late \| 20\.0 \| 10 \| 80\.0 \| 90\.0 \| 88\.9 \(", text)
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links, self.marked, self._in = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._in.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href") and not v.startswith("#")]
+
+    def handle_endtag(self, tag):
+        while self._in and self._in.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self._in and self._in[-1] == "mark":
+            self.marked.append(data)
+
+
+def test_the_page_has_tables_figures_and_examples_and_fetches_nothing(written):
+    text = written[1][2].read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.links == [] or all(link.startswith("#") for link in page.links)
+    assert not re.search(r"url\((?!#)|@import|<script", text)
+    # Two lengths of curve and scatter, and a heatmap for full, naive and two ratios of cacheclip.
+    assert page.tags.count("svg") == 2 * 2 + 4
+    assert page.marked and set(page.marked) == {"gold"}
+    assert "<b>" not in text and "gold &lt;b&gt;" in text
+
+
+@pytest.mark.parametrize(("selected", "expected"), [
+    ((), [("abcdef", False)]), (((0, 6),), [("abcdef", True)]), (((1, 3), (2, 4)), [("a", False), ("bcd", True),
+                                                                                 ("ef", False)]),
+    (((4, 99),), [("abcd", False), ("ef", True)]), (((3, 3),), [("abcdef", False)])])
+def test_highlights_tile_the_text(selected, expected):
+    assert list(report.highlighted("abcdef", selected)) == expected
+
+
+def test_rows_without_times_depths_or_contexts_still_make_a_page(tmp_path):
+    some = [replace(r, times={}, depth=None, context=(), realised_ratio=None) for r in rows()]
+    page = report.html(cells(some))
+    assert "<svg" not in page and "What was lost" not in page
+
+
+@pytest.mark.parametrize(("line", "message"), [("{}", "line 1 isn't a row"), ("[1]", "line 1"), ("{", "line 1"),
+                                               ("", "no rows")])
+def test_broken_rows_are_refused_by_line(tmp_path, line, message):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(line + "\n")
+    with pytest.raises(BadInput, match=message):
+        read_rows([source])
+    source.write_text(replace(rows()[0], score=50.0).to_json())
+    with pytest.raises(BadInput, match="0 to 1"):
+        read_rows([source])
+
+
+def test_the_command_writes_three_files_or_says_why_not(written, tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(report.main)
+    done = CliRunner().invoke(app, [str(written[0]), "--out", str(tmp_path / "cli")])
+    assert done.exit_code == 0 and all((tmp_path / f"cli.{s}").exists() for s in ("jsonl", "md", "html"))
+    failed = CliRunner().invoke(app, [str(tmp_path / "none.jsonl")])
+    assert failed.exit_code == 2 and "can't be read" in failed.output

@@ -1,0 +1,89 @@
+"""Statistics: against exact values where there are some, by their properties where not."""
+
+import numpy as np
+import pytest
+
+from cacheclip_jax.errors import BadInput
+from eval.statistics import compare, kl_divergence, mean, retention, top1_agreement
+
+
+def test_retention_is_the_ratio_of_means_not_the_mean_of_ratios():
+    got = retention([1, 0, 0.5, 1], [1, 0.5, 0.5, 0])
+    assert got.value == pytest.approx(2.5 / 2) and got.n == 4
+    assert got.low <= got.value <= got.high
+
+
+def test_retention_over_the_answered_leaves_out_what_full_attention_misses():
+    got = retention([1, 0, 0.5, 1], [1, 0.5, 0.5, 0], answered=True)
+    assert got.value == pytest.approx(1.5 / 2) and got.n == 3
+
+
+def test_retention_of_equal_scores_is_1_with_an_interval_of_no_width():
+    got = retention([1, 0, 0.5], [1, 0, 0.5])
+    assert (got.value, got.low, got.high) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("full", [[0, 0], []])
+def test_retention_without_a_point_for_full_attention_is_no_number(full):
+    assert np.isnan(retention([0] * len(full), full).value)
+    assert np.isnan(mean([]).value)
+
+
+def test_the_interval_of_a_mean_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = sum(e.low <= 0.5 <= e.high for e in (mean(rng.random(40), resamples=300) for _ in range(100)))
+    assert 85 <= hits <= 100
+
+
+def test_the_same_seed_gives_the_same_interval():
+    scores = np.random.default_rng(0).random((2, 30))
+    assert retention(*scores) == retention(*scores)
+
+
+@pytest.mark.parametrize("test", ["sign-flip", "bootstrap"])
+def test_a_clear_difference_is_found_and_none_is_not(test):
+    rng = np.random.default_rng(2)
+    noise = rng.normal(0, 0.1, 60)
+    base = rng.random(60)
+    clear = compare(base + 0.2 + noise, base, test=test)
+    assert clear.difference == pytest.approx(0.2, abs=0.05) and clear.p_value < 0.01
+    assert compare(base + noise - noise.mean(), base, test=test).p_value > 0.5
+    same = compare(base, base, test=test)
+    assert (same.difference, same.p_value) == (0, 1)
+
+
+def test_the_sign_flip_test_is_exact_for_few_samples():
+    # Of the 2**3 signs of (1, 1, 1) only +++ and --- are as extreme.
+    assert compare([1, 1, 1], [0, 0, 0]).p_value == pytest.approx(2 / 8)
+
+
+def test_kl_is_the_textbook_sum_and_zero_for_a_shift_of_the_logits():
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
+    expected = float((p * np.log(p / q)).sum())
+    assert kl_divergence(np.log(p), np.log(q) + 3) == pytest.approx(expected)
+    assert kl_divergence(np.log(p), np.log(p) - 7) == pytest.approx(0)
+    assert kl_divergence(np.log([p, p]), np.log([p, q])).shape == (2,)
+
+
+def test_kl_takes_tokens_that_the_reference_rules_out():
+    assert kl_divergence(np.array([0.0, 0.0, -np.inf]), np.zeros(3)) == pytest.approx(np.log(3 / 2))
+    assert np.isinf(kl_divergence(np.zeros(3), np.array([0.0, 0.0, -np.inf])))
+
+
+def test_top1_agreement_is_the_share_of_rows():
+    a = np.eye(4)
+    assert top1_agreement(a, a[[0, 1, 2, 0]]) == 0.75
+    assert top1_agreement(a[0], a[0]) == 1
+
+
+def test_what_is_no_pair_is_refused():
+    with pytest.raises(BadInput, match="pairs"):
+        retention([1], [1, 0])
+    with pytest.raises(BadInput, match="finite"):
+        compare([np.nan], [0])
+    with pytest.raises(BadInput, match="shapes"):
+        kl_divergence(np.zeros(3), np.zeros(4))
+    with pytest.raises(BadInput, match="NaN"):
+        kl_divergence(np.array([np.nan, 0]), np.zeros(2))
+    with pytest.raises(BadInput, match="sign-flip"):
+        compare([1], [0], test="t")
