@@ -152,7 +152,7 @@ def test_metrics_count_what_happened_in_plain_numbers_and_as_prometheus_text(sto
         store.read(SPACE, ids, passage.id).result()
     found = store.metrics.snapshot()
     counts = {what: tiers["disk"] for what, tiers in found["counts"].items()}
-    assert counts["hits"] == counts["misses"] == counts["damaged"] == 1 and counts["writes"] == 5
+    assert counts["hits"] == 2 and counts["misses"] == counts["damaged"] == 1 and counts["writes"] == 5
     assert counts["bytes_written"] == 5 * kv.nbytes and counts["bytes_read"] >= kv.nbytes
     assert found["seconds"]["read"]["disk"]["count"] == 1 and found["seconds"]["write"]["disk"]["count"] == 5
     samples = {
@@ -160,7 +160,7 @@ def test_metrics_count_what_happened_in_plain_numbers_and_as_prometheus_text(sto
         for family in text_string_to_metric_families(store.metrics.text())
         for s in family.samples
     }
-    assert samples["cacheclip_store_hits_total", "disk", None] == 1
+    assert samples["cacheclip_store_hits_total", "disk", None] == 2
     assert samples["cacheclip_store_write_seconds_bucket", "disk", "+Inf"] == 5
 
 

@@ -15,8 +15,8 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 class Metrics:
     """Counters by (what, tier) and histograms of seconds by (operation, tier); safe to share between threads.
 
-    Counted are hits, misses, damaged, unreadable, bytes_read, bytes_written, writes, evictions, uploads and
-    upload_failures; timed are read (from the call to the last layer) and write.
+    Counted are hits (chunks found, damaged ones too), misses, damaged, unreadable, bytes_read, bytes_written, writes,
+    evictions, uploads and upload_failures; timed are read (from the call to the last layer) and write.
     """
 
     def __init__(self) -> None:

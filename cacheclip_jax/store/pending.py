@@ -59,7 +59,7 @@ class PendingKV:
         self._size = self._head + space.num_layers * self._step
         self._layers: list[Future[None]] = []
         self._lock = Lock()
-        self._eager, self._began, self._done = eager, time.perf_counter(), False
+        self._eager, self._began, self._layers_read = eager, time.perf_counter(), 0
         self._failure: Exception | None = None
         self._source, self._tier = None, store.pool.tier
         try:
@@ -87,8 +87,10 @@ class PendingKV:
         if self._entry is None:
             self._store.metrics.count("misses", self._tier)
             return None
-        if self._eager and isinstance(self._entry, Entry):
-            self._start()
+        if isinstance(self._entry, Entry):
+            self._store.metrics.count("hits", self._tier)
+            if self._eager:
+                self._start()
         return self
 
     def _start(self) -> None:
@@ -141,6 +143,7 @@ class PendingKV:
             )
         with self._judged():
             self._load(layer, buffer.reshape(-1).view(dtype).reshape(1, *shape))
+        self._finished(1)
 
     def layer(self, layer: int) -> Float[np.ndarray, "2 K C H"]:
         """Waits for one layer; raises ChunkCorrupt when it is damaged, ChunkUnreadable when it can't be read now."""
@@ -159,12 +162,16 @@ class PendingKV:
             for layer in range(self._space.num_layers):
                 self.layer(layer)
         assert self._out is not None and self._source is not None
-        if not self._done:
-            self._done = True
-            self._source.release()
-            self._store.metrics.count("hits", self._tier)
-            self._store.metrics.time("read", self._tier, time.perf_counter() - self._began)
+        self._source.release()
+        self._finished(self._space.num_layers)
         return self._out
+
+    def _finished(self, layers: int) -> None:
+        """Takes the time when as many layers were read as there are, once."""
+        with self._lock:
+            before, self._layers_read = self._layers_read, self._layers_read + layers
+        if before < self._space.num_layers <= self._layers_read:
+            self._store.metrics.time("read", self._tier, time.perf_counter() - self._began)
 
     @contextmanager
     def _judged(self):
