@@ -60,6 +60,8 @@ class ChunkCaches:
         self.pair: Sequence[ChunkCaches] = (self,)  # the models that share the store on purpose
         self._prefix_kv: np.ndarray | None = None
         self._recent = lru_cache(maxsize=1024)(self._encoded)
+        self.space = lru_cache(maxsize=2)(self._space)
+        self.key = lru_cache(maxsize=4096)(self._key)
 
     @property
     def dtype(self) -> np.dtype:
@@ -80,7 +82,7 @@ class ChunkCaches:
             raise BadInput(f"chunk {passage.id} is empty: leave empty passages out")
         return self.format.chunk_ids(self.model.tokenizer, passage)
 
-    def space(self, behind: Behind) -> Space:
+    def _space(self, behind: Behind) -> Space:
         """The part of the store that holds this model's caches of chunks encoded behind the shared prefix, or alone."""
         cfg = self.model.config
         return Space(model=self.model.fingerprint, model_name=self.model.name, dtype=self.dtype.name, kv=self.store.kv,
@@ -188,7 +190,7 @@ class ChunkCaches:
                 writable = False
         return made
 
-    def key(self, behind: Behind, passage: Passage) -> Key:
+    def _key(self, behind: Behind, passage: Passage) -> Key:
         """What a chunk's cache is called: its space and its own key."""
         space = self.space(behind)
         return space.key, space.chunk_key(self.encoded(passage).ids)

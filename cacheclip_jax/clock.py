@@ -42,14 +42,15 @@ class Clock:
 
         self._watches.append(self._pool.submit(wait))
 
-    def settle(self) -> dict[str, float]:
-        """Seconds by stage, once everything that is watched is there."""
+    def settle(self, within: float) -> dict[str, float]:
+        """Seconds by stage, once everything that is watched is there; it was by `within` seconds after the start, also
+        where the thread that watches woke up later."""
         for watch in self._watches:
             watch.result()
         for stage, ready in self._ready.items():
             since = self._since[stage]
             begun = self._ready.get(since, self.started) if isinstance(since, str) else since or self.started
-            self.seconds[stage] = max(0.0, ready - begun)
+            self.seconds[stage] = max(0.0, min(ready, self.started + within) - begun)
         return dict(self.seconds)
 
     def total(self) -> float:

@@ -44,7 +44,7 @@ class Feed:
         self._keys = [(f"{caches.space(behind).key}/{depth}", part) for part in
                       ("prefix", *(caches.key(behind, p)[1] for p in passages))]
         self._sizes = [per_token * n for n in tokens]
-        missing, rows, offsets = self._missing([True, *wanted], per_token, slots)
+        missing, rows, offsets = self._missing([True, *wanted], per_token)
         accounting.hits += sum(w and not m for w, m in zip(wanted, missing[1:], strict=True))
         self._loader: LayerLoader | None = None
         if any(missing):
@@ -65,15 +65,14 @@ class Feed:
         where = placement(cfg, slots, tokens, offsets)
         self.where: Placement = jax.device_put(where, caches.staging.sharding)
 
-    def _missing(self, wanted: Sequence[bool], per_token: int, slots: int
-                 ) -> tuple[list[bool], int, list[int] | None]:
+    def _missing(self, wanted: Sequence[bool], per_token: int) -> tuple[list[bool], int, list[int] | None]:
         """Which parts must be loaded, the rows of the block that they fill, and where every part begins in the rows
-        that `take` gives; without a tier, one after another in a block for all slots."""
+        that `take` gives; without a tier, one after another in a block of all."""
         if self._tier is not None:
             missing = [w and at is None for w, at in zip(wanted, self._tier.find(self._keys), strict=True)]
             for _ in range(4):  # a block may take the place of parts that are wanted too: then it must hold them
                 need = sum(size for size, m in zip(self._sizes, missing, strict=True) if m)
-                rows = per_token * bucket(need // per_token, 256) if need else 0
+                rows = per_token * bucket(need // per_token, 256, steps=32) if need else 0
                 at = self._tier.reserve(rows) if rows else 0
                 if at is None:
                     break
@@ -83,7 +82,7 @@ class Feed:
                     return missing, rows, self._offsets(missing)
                 missing = now
             self._tier = None
-        return list(wanted), per_token * slots, None
+        return list(wanted), per_token * bucket(sum(self._sizes) // per_token, 256, steps=32), None
 
     def _offsets(self, missing: Sequence[bool]) -> list[int]:
         assert self._tier is not None

@@ -96,7 +96,6 @@ class Staging:
     every buffer is used once.
     """
 
-    depth = 6  # layers on their way at once
     kept_sizes = 2
 
     def __init__(self, sharding: Sharding):
@@ -106,8 +105,8 @@ class Staging:
         self._lock = Lock()
 
     @contextmanager
-    def ring(self, shape: tuple[int, ...], dtype: Any) -> Iterator[Callable[[int], Buffer]]:
-        """A function that gives the n-th buffer of a shape, once it may be filled."""
+    def ring(self, shape: tuple[int, ...], dtype: Any, depth: int) -> Iterator[Callable[[int], Buffer]]:
+        """A function that gives the n-th buffer of a shape, once it may be filled; number n + `depth` is the same."""
         def new() -> Buffer:
             return Buffer(shape, dtype, self.sharding, self.pinned)
 
@@ -116,11 +115,11 @@ class Staging:
             return
         key = (shape, np.dtype(dtype))
         with self._lock:
-            buffers = self._rings.pop(key, None) or [new() for _ in range(self.depth)]
+            buffers = self._rings.pop(key, None) or [new() for _ in range(depth)]
 
         def nth(n: int) -> Buffer:
-            buffers[n % self.depth].free()
-            return buffers[n % self.depth]
+            buffers[n % depth].free()
+            return buffers[n % depth]
 
         yield nth
         with self._lock:  # not after an error: copies may be under way

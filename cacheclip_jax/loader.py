@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Condition, Event
+from threading import Condition, Event, Lock
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +15,8 @@ from jaxtyping import Float
 from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.host import Buffer, Staging
 
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(16, os.cpu_count() or 1)
+BATCH = 4  # layers that threads fill before they meet: meeting takes a turn of Python's lock for each of them
 
 
 class Source(Protocol):
@@ -65,14 +66,16 @@ class LayerLoader:
         sizes = np.array([tokens for _, tokens in parts], np.int64) * rows_per_token * row_bytes
         ends = np.cumsum(sizes)
         self._spans = [(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
-        self._state = Condition()
+        self._state, self._repairing = Condition(), Lock()
         self._buffers: dict[int, Buffer] = {}
-        self._filled = [0] * num_layers
         self._layers: list[jax.Array | None] = [None] * num_layers
         self._progress: list[jax.Array] = []  # per layer computed, an array that is ready then
         self._error: BaseException | None = None
-        shares = [share for share in _shares(sizes, WORKERS) if share]
-        self._tasks: list[Future] = [pool.submit(self._guard, self._coordinate, len(shares), after)]
+        self._batches = [range(n, min(n + BATCH, num_layers)) for n in range(0, num_layers, BATCH)]
+        self._filled = [0] * len(self._batches)
+        shares = [share for share in _shares(np.tile(sizes, BATCH), WORKERS) if share]
+        self._workers = len(shares)
+        self._tasks: list[Future] = [pool.submit(self._guard, self._coordinate, after)]
         self._tasks += [pool.submit(self._guard, self._fill, share) for share in shares]
 
     def take(self, start: int, stop: int) -> tuple[jax.Array, ...]:
@@ -110,31 +113,31 @@ class LayerLoader:
                 self._state.notify_all()
             self.sent_all.set()
 
-    def _coordinate(self, workers: int, after: Event | None) -> None:
-        with self._staging.ring(self._shape, self._dtype) as ring:
+    def _coordinate(self, after: Event | None) -> None:
+        with self._staging.ring(self._shape, self._dtype, 3 * BATCH) as ring:
             prepared = 0
-            for layer in range(self.num_layers):
-                # Two copies stay under way: a buffer is asked for again only when the third last has arrived.
-                while prepared < min(self.num_layers, layer + self._staging.depth - 2):
-                    buffer = ring(prepared)
+            for number, batch in enumerate(self._batches):
+                # Of three batches of buffers one is being filled and one being sent when the third is asked for again.
+                while prepared < min(len(self._batches), number + 2):
+                    buffers = {layer: ring(layer) for layer in self._batches[prepared]}
                     with self._state:
-                        self._buffers[prepared] = buffer
+                        self._buffers |= buffers
                         self._state.notify_all()
                     prepared += 1
                 with self._state:
-                    while self._filled[layer] < workers and not self._error:
+                    while self._filled[number] < self._workers and not self._error:
                         self._state.wait()
                     if self._error:
                         raise self._error  # so that the ring, which a worker may still write to, isn't used again
-                    buffer = self._buffers.pop(layer)
                 if after is not None:
                     after.wait()
                     after = None
-                self._wait_for_turn(layer)
-                sent = buffer.send()
-                with self._state:
-                    self._layers[layer] = sent
-                    self._state.notify_all()
+                for layer in batch:
+                    self._wait_for_turn(layer)
+                    sent = self._buffers.pop(layer).send()
+                    with self._state:
+                        self._layers[layer] = sent
+                        self._state.notify_all()
             self.sent_all.set()
 
     def _wait_for_turn(self, layer: int) -> None:
@@ -147,22 +150,26 @@ class LayerLoader:
             mark.block_until_ready()
 
     def _fill(self, share: Sequence[int]) -> None:
-        for layer in range(self.num_layers):
+        for number, batch in enumerate(self._batches):
             with self._state:
-                while layer not in self._buffers and not self._error:
+                while batch[-1] not in self._buffers and not self._error:
                     self._state.wait()
                 if self._error:
                     return
-                target = self._buffers[layer].bytes
-            for index in share:
-                start, end = self._spans[index]
-                self._read(index, layer, target[start:end])
+                targets = [self._buffers[layer].bytes for layer in batch]
+            for task in share:
+                nth, index = divmod(task, len(self._sources))
+                if nth < len(batch):
+                    start, end = self._spans[index]
+                    self._read(index, batch[nth], targets[nth][start:end])
             with self._state:
-                self._filled[layer] += 1
+                self._filled[number] += 1
+                last = self._filled[number] == self._workers
                 self._state.notify_all()
-        for index in share:
-            if (source := self._sources[index]) is not None:
-                source.done()
+        if last:  # of all workers, at the last batch
+            for source in self._sources:
+                if source is not None:
+                    source.done()
 
     def _read(self, index: int, layer: int, out: np.ndarray) -> None:
         source = self._sources[index]
@@ -171,12 +178,14 @@ class LayerLoader:
         try:
             source.read_layer(layer, out)
         except ChunkCorrupt as e:
-            source = self._sources[index] = self._repair(index, e)
-            source.read_layer(layer, out)
+            with self._repairing:
+                if self._sources[index] is source:  # else another worker, at another layer, has repaired it meanwhile
+                    self._sources[index] = self._repair(index, e)
+            self._read(index, layer, out)
 
 
 def _shares(sizes: np.ndarray, workers: int) -> list[list[int]]:
-    """Parts for each worker, about equally many bytes: the largest part first, to whoever has least."""
+    """Tasks for each worker, about equally many bytes: the largest task first, to whoever has least."""
     shares: list[list[int]] = [[] for _ in range(workers)]
     load = [0] * workers
     for index in np.argsort(-sizes, kind="stable"):

@@ -83,14 +83,17 @@ def attend_and_finish(x: Rows, layer: Layer, cfg: ModelConfig, positions: Int[Ar
     q, k, v = decoder.project(x, layer, cfg)
     q = rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1)
     k, v = rotate(k.swapaxes(0, 1), positions, cfg.rope), v.swapaxes(0, 1)
-    # Padding rows write to the slot after the last one, which mode="drop" discards (-1 would wrap around).
-    slots = jnp.where(positions < 0, cache[0].shape[1], positions)
-    keys, values = (old.at[:, slots].set(new, mode="drop", indices_are_sorted=True)
-                    for old, new in zip(cache, (k, v), strict=True))
     with jax.named_scope("attention"):
-        if causal:
+        if causal:  # row t is token t
             attended = causal_attention(q[None], k[None], v[None], how)[0]
+            real = (positions >= 0)[:, None]
+            keys, values = (old.at[:, : len(q)].set(jnp.where(real, new, 0)[:, : old.shape[1]])
+                            for old, new in zip(cache, (k, v), strict=True))
         else:
+            # Padding rows write to the slot after the last one, which mode="drop" discards (-1 would wrap around).
+            slots = jnp.where(positions < 0, cache[0].shape[1], positions)
+            keys, values = (old.at[:, slots].set(new, mode="drop", indices_are_sorted=True)
+                            for old, new in zip(cache, (k, v), strict=True))
             attended = row_attention(q, keys, values, positions, for_rows(how, len(q)))
     return decoder.finish(x, attended, layer, cfg), (keys, values), q
 

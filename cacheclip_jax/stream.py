@@ -96,5 +96,5 @@ class AnswerStream:
             hits=p.fetched.hits, misses=p.fetched.misses, encoded=tuple(p.fetched.encoded),
             repaired=tuple(p.fetched.repaired), warnings=self.warnings,
             compiles=compiles.count() - p.compiled_before,
-            times=Times(**p.clock.settle(), ttft=self._ttft, decode=decode_seconds),
+            times=Times(**p.clock.settle(self._ttft), ttft=self._ttft, decode=decode_seconds),
             passages=p.passages, selection=Selection(p.plan.recompute, p.plan.scores))

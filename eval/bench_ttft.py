@@ -171,7 +171,8 @@ def run(config: Any, report: Callable[[dict[str, Any]], None]) -> None:
                 row |= {"full_ms": full[cell.context], "speedup": full[cell.context] / row["ttft_ms"]}
             console.print(f"{describe(row)}: {row['ttft_ms']:.1f} ms, {row.get('speedup', 0):.2f}x, "
                           f"floor {row['floor_ms']:.1f} ms, "
-                          + ", ".join(f"{k} {v:.1f}" for k, v in row["stages"].items()), highlight=False)
+                          + ", ".join(f"{k} {v:.1f}" for k, v in row["stages"].items())
+                          + f" ({row['seconds']:.0f} s)", highlight=False, soft_wrap=True)
             report(row)
         clips.clear()
         question = len(bench.format.question_ids(bench.primary.tokenizer, bench.question()))
@@ -191,7 +192,7 @@ def measure(bench: Bench, clip: CacheClip, cell: Cell, rate: float) -> dict[str,
     `floor_ms` is the needed FLOPs, of matrices and attention, at the rate of a large matrix product measured in the
     same run: what a free selection, free loading and attention as fast as matrix products would give.
     """
-    config, question = bench.config, bench.question()
+    config, question, began = bench.config, bench.question(), time.perf_counter()
     chunks = bench.passages(cell.context, whole=cell.method == "prefix")
     scoring = bench.aux(cell.aux)[1] if cell.aux else config.scoring
     method = cell.configured(scoring)
@@ -221,7 +222,7 @@ def measure(bench: Bench, clip: CacheClip, cell: Cell, rate: float) -> dict[str,
             "tflops": flops / median / 1e12, "share_of_floor": flops / rate / median, "rows": len(positions),
             "prompt_tokens": prompt, "realised_ratio": r.realised_ratio, "aux_scoring": scoring if cell.aux else None,
             "attention": bench.primary.attention.name, "peak_bytes": memory("peak_bytes_in_use"),
-            "peak_bytes_before": before}
+            "peak_bytes_before": before, "seconds": time.perf_counter() - began}
 
 
 def memory(key: str) -> int | None:

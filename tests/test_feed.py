@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, ChunkStore, Passage
+from cacheclip_jax import CacheClip, ChunkStore, Passage, feed, host, loader, online
 from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.errors import StoreError
 from cacheclip_jax.host import HostTier
@@ -27,6 +27,17 @@ def store(models):
     return opened
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def way(request, monkeypatch):
+    """How a CPU's or a GPU's caches travel: all layers in one program, or spans behind a ring of pinned buffers."""
+    if request.param == "gpu":
+        for module in (host, feed, online):
+            monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
+        monkeypatch.setattr(loader, "BATCH", 1)
+        monkeypatch.setattr(online, "SPAN", 1)
+    return request.param
+
+
 def prefilled(clip, chunks, method="cacheclip"):
     done = clip.prefill(QUESTION, chunks, method=method)
     assert not done.fetched.misses and not done.fetched.warnings
@@ -39,7 +50,7 @@ REQUESTS = [TEXTS[:3], TEXTS[:3], TEXTS[2::-1], TEXTS[1:5], [TEXTS[0], TEXTS[0],
 
 @pytest.mark.parametrize("tokens", [0, 150, 300, 5000], ids=lambda n: f"tier-of-{n}")
 @pytest.mark.parametrize("method", ["cacheclip", "prefix", "naive"])
-def test_where_a_chunk_comes_from_never_changes_a_bit(models, store, tokens, method):
+def test_where_a_chunk_comes_from_never_changes_a_bit(models, store, tokens, method, way):
     plain = CacheClip(*models, store, host_bytes=0)
     size = sum(m.config.kv_values_per_token * 4 for m in models)
     tiered = CacheClip(*models, store, device_bytes=tokens * size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -97,18 +98,18 @@ def abstract(cfg: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
 
 def init(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
     """Random weights at a model's real shapes: normal matrices scaled by 1/sqrt(in), norms near one, small biases."""
-    shapes = abstract(cfg, dtype, mesh)
-    leaves, tree = jax.tree.flatten_with_path(shapes)
+    leaves, tree = jax.tree.flatten_with_path(abstract(cfg, dtype, mesh))
+    drawn = []
+    for number, (path, leaf) in enumerate(leaves):
+        name = path[-1].name
+        scale = 0.1 if "norm" in name or name.endswith("bias") else leaf.shape[-1] ** -0.5
+        centre = 1.0 if "norm" in name else 0.0
+        # A program for each shape, not one for all: a random draw takes as long to compile as a layer.
+        drawn.append(_draw(jax.random.fold_in(key, number), leaf.shape, leaf.dtype, leaf.sharding, centre, scale))
+    return jax.tree.unflatten(tree, drawn)
 
-    def draw(key: jax.Array, name: str, a: jax.ShapeDtypeStruct) -> jax.Array:
-        x = jax.random.normal(key, a.shape, jnp.float32)
-        if "norm" in name:
-            return (1 + 0.1 * x).astype(a.dtype)
-        scale = 0.1 if name.endswith("bias") else a.shape[-1] ** -0.5
-        return (scale * x).astype(a.dtype)
 
-    def draw_all(key: jax.Array) -> Params:
-        keys = jax.random.split(key, len(leaves))
-        return jax.tree.unflatten(tree, [draw(k, path[-1].name, a) for k, (path, a) in zip(keys, leaves, strict=True)])
-
-    return jax.jit(draw_all, out_shardings=jax.tree.map(lambda a: a.sharding, shapes))(key)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key, shape, dtype, sharding, centre, scale):
+    drawn = (centre + scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return jax.lax.with_sharding_constraint(drawn, sharding)
