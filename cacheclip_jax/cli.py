@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -50,6 +49,9 @@ KvOption = Annotated[str, typer.Option("--kv", envvar="CACHECLIP_KV", metavar="K
                                        "exact, or int8 or fp8 (half the bytes). Ask as you indexed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
+_chosen: dict[str, Any] = {}  # what the options before the command say about the store
+_opened: list[Any] = []  # the stores of this command, for their metrics
+
 PRIMARY = "qwen2.5-coder-0.5b"
 AUX = "qwen2.5-coder-0.5b"
 STORE = "cacheclip-store"
@@ -74,7 +76,8 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
+def root(context: typer.Context,
+         version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
                                                help="Print the version.")] = False,
          namespace: Annotated[str, typer.Option(envvar="CACHECLIP_NAMESPACE", help="A tenant's part of the store: "
                                                 "others can't read it, nor notice what is in it.")] = "",
@@ -83,8 +86,21 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_print_vers
          local: Annotated[str | None, typer.Option(envvar="CACHECLIP_LOCAL", metavar="DIRECTORY", help="Keep copies of "
                                                    "a bucket's chunk caches here.")] = None,
          local_bytes: Annotated[int, typer.Option(envvar="CACHECLIP_LOCAL_BYTES", help="Largest size of those copies.")
-                                ] = 50_000_000_000) -> None:
+                                ] = 50_000_000_000,
+         metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what the store did, as Prometheus "
+                                                      "text, when the command ends.")] = None,
+         log_level: Annotated[str, typer.Option(envvar="CACHECLIP_LOG", help="debug, info, warning or error.")
+                              ] = "error",
+         log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")] = False) -> None:
     """The options that every command has."""
+    from cacheclip_jax import logs
+    if log_level.lower() not in ("debug", "info", "warning", "error"):
+        raise BadInput(f"--log-level {log_level!r} is unknown: debug, info, warning or error")
+    logs.configure(log_level, log_json)
+    _chosen.update(namespace=namespace, share=share, local=local, local_bytes=local_bytes)
+    if metrics is not None:
+        context.call_on_close(lambda: metrics.write_text("".join(store.metrics.text() for store in _opened[-1:])))
+    _opened.clear()
 
 
 # -------------------------------------------------------------------- pull
@@ -331,11 +347,17 @@ def ls(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
 
 
 @store_app.command("verify")
-def store_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+def store_verify(store: StoreOption = STORE,
+                 workers: Annotated[int, typer.Option(help="Chunk caches to check at once.")] = 2,
+                 resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Note here what was found whole, "
+                                                             "and go on from it after an interruption.")] = None,
+                 as_json: JsonOption = False) -> None:
     """Read everything and check every checksum; exits with 1 when something is damaged."""
+    if workers < 1:
+        raise BadInput(f"--workers {workers} is out of range: 1 or more")
     opened = _open(store)
     with _bar("checking") as step:
-        problems = opened.verify(progress=step)
+        problems = opened.verify(progress=step, workers=workers, resume=resume)
     if as_json:
         _print_json([{**dataclasses.asdict(p), "harmless": p.harmless} for p in problems])
     else:
@@ -386,6 +408,48 @@ def gc(max_bytes: Annotated[int, typer.Option(help="Keep at most this many bytes
                   f"{report.bytes_left / 1e6:,.1f} MB left", highlight=False)
 
 
+@store_app.command("export")
+def export_store(file: Annotated[Path, typer.Argument(help="The tar file to write; - for stdout.")],
+                 store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Write passages, documents and chunk caches as one tar stream; exits with 1 when damaged ones were left out."""
+    opened, to_stdout = _open(store), str(file) == "-"
+    with _bar("exporting") as step, (nullcontext(sys.stdout.buffer) if to_stdout else _file(file, "wb")) as stream:
+        transfer = opened.export_to(stream, step)
+    _report_transfer(transfer, as_json, to_stderr=to_stdout)
+
+
+@store_app.command("import")
+def import_store(file: Annotated[Path, typer.Argument(help="What `store export` wrote; - for stdin.")],
+                 store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Add an export to a store, which is made if it isn't there; every part is checked first."""
+    with (nullcontext(sys.stdin.buffer) if str(file) == "-" else _file(file, "rb")) as stream:
+        opened = _open(store, create=True)
+        with _bar("importing") as step:
+            transfer = opened.import_from(stream, lambda done, total: step(done, None))
+        opened.flush()
+    _report_transfer(transfer, as_json)
+
+
+def _file(path: Path, mode: str):
+    try:
+        return path.open(mode)
+    except OSError as e:
+        raise BadInput(f"{path} can't be opened: {e.strerror}") from None
+
+
+def _report_transfer(transfer, as_json: bool, to_stderr: bool = False) -> None:
+    console = err if to_stderr else out
+    if as_json and not to_stderr:
+        _print_json(dataclasses.asdict(transfer))
+    else:
+        console.print(f"{transfer.passages} passages, {transfer.documents} documents, {transfer.chunks} chunk caches; "
+                      f"{transfer.found} were there already", highlight=False)
+        for name in transfer.damaged:
+            console.print(f"[red]damaged, left out:[/] {escape(name)}", highlight=False, soft_wrap=True)
+    if transfer.damaged:
+        raise typer.Exit(1)
+
+
 @store_app.command()
 def pin(documents: Annotated[list[str] | None, typer.Argument(help="Names that `store ls` shows; none lists the pins.")
                              ] = None,
@@ -427,10 +491,9 @@ def _refuse_empty(documents, sources: list[str]) -> None:
 def _open(store: str, **options: Any):
     """The namespace of a store that the command line names; it has to exist unless `create` is given."""
     from cacheclip_jax.store import ChunkStore
-    context = click.get_current_context(silent=True)
-    names = ("namespace", "share", "local", "local_bytes") if context else ()
-    given = {name: context.find_root().params[name] for name in names}  # type: ignore[union-attr]
-    return ChunkStore.open(store, **{"create": False} | given | options)
+    opened = ChunkStore.open(store, **{"create": False} | _chosen | options)
+    _opened.append(opened)
+    return opened
 
 
 @contextmanager

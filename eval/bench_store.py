@@ -60,7 +60,9 @@ def read(config, root: Path, kv: str = "exact") -> dict[str, float]:
         store.write(space, "0" * 16, ids, spans, kv_)
     files = sorted(str(p) for p in root.rglob("*.kv"))
     size = sum(Path(f).stat().st_size for f in files)
-    buffers = [np.zeros_like(kv_) for *_, kv_ in chunks]
+    buffers = [np.empty_like(kv_) for *_, kv_ in chunks]
+    for buffer in buffers:
+        buffer.view(np.uint8).fill(1)
 
     def whole(out: list[np.ndarray | None]) -> None:
         pending = [store.read(space, ids, "", o) for (ids, *_), o in zip(chunks, out, strict=True)]

@@ -349,6 +349,38 @@ def test_index_replace_takes_the_place_of_a_document_and_rm_takes_it_out(store, 
     fails(cacheclip("store", "rm", "--store", store), "--document NAME")
 
 
+def test_a_store_travels_as_one_file_and_what_it_did_is_written_as_metrics(store, models, indexed, tmp_path):
+    tar, other = tmp_path / "store.tar", tmp_path / "other"
+    cacheclip("store", "export", tar, "--store", store)
+    done = cacheclip("store", "import", tar, "--store", other, "--json").json
+    assert done["chunks"] == 6 and done["damaged"] == [] and sorted(whole(other)) == sorted(indexed[1]["passages"])
+    answer = cacheclip("--metrics", tmp_path / "m.prom", "ask", QUESTION, "--store", other, *models, "--json").json
+    assert answer["results"]["cacheclip"]["misses"] == 0
+    assert 'cacheclip_store_hits_total{tier="disk"} 6.0' in (tmp_path / "m.prom").read_text()
+    fails(cacheclip("store", "import", store / "cacheclip.json", "--store", other), "no store's export")
+    fails(cacheclip("store", "import", tmp_path / "none.tar", "--store", other), "none.tar")
+
+
+def test_namespaces_of_a_store_answer_from_their_own_chunks_alone(store, models, indexed):
+    fails(cacheclip("--namespace", "acme", "ask", QUESTION, "--store", store, *models), "index")
+    stats = cacheclip("--namespace", "acme", "store", "stats", "--store", store, "--json").json
+    assert stats["passages"] == stats["chunks"] == 0
+    fails(cacheclip("--namespace", "../x", "store", "ls", "--store", store), "../x", "namespace")
+
+
+def test_caches_of_one_byte_per_value_are_asked_for_as_they_were_indexed(models, tmp_path):
+    write_corpus(tmp_path / "corpus")
+    store = ("--store", tmp_path / "store")
+    made = cacheclip("index", tmp_path / "corpus", *store, *models, "--kv", "int8", "--json").json
+    rows = cacheclip("store", "stats", *store, "--json").json["spaces"]
+    assert {row["kv"] for row in rows} == {"int8"} and sum(row["bytes"] for row in rows) < made["bytes"]
+    small = cacheclip("ask", QUESTION, *store, *models, "--kv", "int8", "--json").json["results"]["cacheclip"]
+    assert small["misses"] == 0
+    other = cacheclip("ask", QUESTION, *store, *models, "--json")
+    assert other.json["results"]["cacheclip"]["hits"] == 0 and "int8, not exact" in other.err
+    fails(cacheclip("ask", QUESTION, *store, *models, "--kv", "int4"), "int4", "fp8")
+
+
 def test_store_gc_frees_caches_and_keeps_texts(store, models, indexed):
     limit = indexed[1]["bytes"] // 2
     report = cacheclip("store", "gc", "--max-bytes", limit, "--store", store, "--json").json
@@ -516,7 +548,7 @@ def test_a_bad_ask_is_one_line_and_changes_nothing(ask, indexed, tmp_path, monke
 
 
 def test_an_ambiguous_beginning_of_a_chunk_id_lists_the_ids(ask, indexed, monkeypatch):
-    monkeypatch.setattr(ChunkStore, "passage_ids", lambda self, prefix="": [prefix + "00", prefix + "01"])
+    monkeypatch.setattr(ChunkStore, "passage_ids", lambda self, prefix="", **_: [prefix + "00", prefix + "01"])
     fails(ask(QUESTION, "--chunk", "abcd"), "abcd00, abcd01", "more digits")
 
 

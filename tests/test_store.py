@@ -8,7 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput, CacheClipError, ChunkCorrupt, StoreError
-from cacheclip_jax.store import LAYOUT_VERSION, ChunkStore, Passage, is_chunk_id
+from cacheclip_jax.store import LAYOUT_VERSION, ChunkStore, Passage, files, is_chunk_id
 from cacheclip_jax.store.blobs import Blobs, translated
+from cacheclip_jax.store.records import seal
 from eval import kill_index as script
 from eval.kill_index import write_random_chunks
 from tests.chunks import SPACE, chunk, put, same_bits
@@ -85,6 +86,23 @@ def test_reading_into_a_buffer_fills_it_and_refuses_another_shape(store):
     assert store.read(SPACE, ids, passage.id, out).result() is out and same_bits(out, kv)
     with pytest.raises(BadInput, match="`out`"):
         store.read(SPACE, ids, passage.id, out[:1])
+
+
+def test_more_chunks_than_files_may_be_open_are_read_at_once(store, monkeypatch):
+    chunks = [put(store, seed) for seed in range(6)]
+    monkeypatch.setattr(files, "_MOST_OPEN", 0)
+    pending = store.read_all(SPACE, [(ids, passage.id) for passage, ids, _ in chunks])
+    assert all(same_bits(one.result(), kv) for one, (_, _, kv) in zip(pending, chunks, strict=True))
+
+
+def test_threads_that_ask_a_lazy_read_for_layers_at_once_share_one_array(store):
+    passage, ids, kv = put(store, 0)
+    for _ in range(20):
+        pending = store.read(SPACE, ids, passage.id, eager=False)
+        with ThreadPoolExecutor(4) as pool:
+            layers = list(pool.map(pending.layer, [0, 1, 2, 0, 1, 2, 2]))
+        assert all(same_bits(layer, kv[i]) for layer, i in zip(layers, [0, 1, 2, 0, 1, 2, 2], strict=True))
+        assert pending.result() is pending.result()
 
 
 def test_many_are_read_at_once_and_the_missing_are_none(store):
@@ -421,6 +439,27 @@ def test_a_store_of_a_newer_layout_is_refused_with_both_versions(tmp_path):
     (tmp_path / "cacheclip.json").write_text(json.dumps({"layout": LAYOUT_VERSION + 1}))
     with pytest.raises(StoreError, match=f"layout {LAYOUT_VERSION + 1}.*up to {LAYOUT_VERSION}"):
         ChunkStore.open(tmp_path)
+
+
+def test_a_store_of_the_first_layout_keeps_its_texts_and_its_caches_are_made_again(tmp_path):
+    record = {name: value for name, value in asdict(SPACE).items() if name != "kv"} | {"layout": 1}
+    old, key = replace(SPACE, layout=1), "ab" * 16
+    (tmp_path / "cacheclip.json").write_text('{"layout": 1}')
+    place = tmp_path / "kv" / old.key
+    (place / "ab" / key).mkdir(parents=True)
+    (place / "space.json").write_bytes(seal(record))
+    for file in (f"{key}.json", f"{key}/zarr.json", f"{key}/c.0.0.0.0.0"):
+        (place / "ab" / file).write_bytes(b"{}")
+    ChunkStore.open(tmp_path, create=False).blobs.write("passages/x", b"")
+    assert "1" in (tmp_path / "cacheclip.json").read_text()
+    store = ChunkStore.open(tmp_path)
+    assert json.loads((tmp_path / "cacheclip.json").read_text()) == {"layout": LAYOUT_VERSION}
+    passage, ids, *_ = chunk(0)
+    assert not store.has(SPACE, ids) and "the layout (1, not 2)" in store.explain_miss(SPACE)
+    assert [(p.kind, p.harmless) for p in store.verify()] == [("old", True)]
+    put(store, 0)
+    assert store.gc(1 << 40).orphans == 1 and store.verify() == []
+    assert store.has(SPACE, ids) and not list(place.rglob("c.*"))
 
 
 def test_a_place_that_is_no_store_is_refused_with_the_way_out(tmp_path):

@@ -3,14 +3,16 @@
 import logging
 import os
 import socket
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
+from cacheclip_jax.engine import CacheClip
 from cacheclip_jax.errors import BadInput, ChunkUnreadable, StoreError
-from cacheclip_jax.store import ChunkStore, Passage
+from cacheclip_jax.store import ChunkStore, Passage, blobs
 from cacheclip_jax.store import tier as module
 from cacheclip_jax.store.usage import Usage
 from tests.chunks import SPACE, chunk, put, same_bits
@@ -186,3 +188,37 @@ def test_value_is_uses_times_cost_over_size_and_ages(tmp_path):
 def test_a_directory_takes_no_local_tier(tmp_path):
     with pytest.raises(BadInput, match="local itself"):
         ChunkStore.open(tmp_path / "a", local=tmp_path / "b")
+
+
+def test_a_bucket_that_is_slow_is_waited_for_once_then_left_alone(url, tmp_path, monkeypatch):
+    store = ChunkStore.open(url, local=tmp_path)
+    passage, *_ = put(store, 0)
+    store.flush(30)
+    monkeypatch.setattr(blobs, "_TIMEOUT", 0.4)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        slow = ChunkStore.open(f"s3://bucket/x?endpoint=http://127.0.0.1:{silent.getsockname()[1]}", local=tmp_path)
+        for most in (3.0, 0.2):
+            started = time.monotonic()
+            with pytest.raises(ChunkUnreadable):
+                slow.read(SPACE, chunk(1)[1], passage.id).result()
+            assert time.monotonic() - started < most
+
+
+def test_an_answer_comes_from_encoding_anew_when_the_bucket_does_not_answer_and_says_so(url, closed, pair, tmp_path):
+    primary, aux = pair
+    texts = ["The lamp burns oil. " * 3, "The mat at the end of the stairs is red. " * 3]
+    question, options = "Which colour is the mat?", {"max_new_tokens": 4, "ratio": 0.2}
+    clip = CacheClip.load(primary, aux, ChunkStore.open(url, local=tmp_path), dtype="float32")
+    ids = clip.index([Passage.make(text) for text in texts]).passages
+    clip.store.flush(30)
+    before = clip.ask(question, list(ids), **options)
+    for file in tmp_path.rglob("*.kv"):
+        file.unlink()
+    away = CacheClip.load(primary, aux, ChunkStore.open(closed, local=tmp_path), dtype="float32")
+    after = away.ask(question, list(ids), **options)
+    assert after.token_ids == before.token_ids and set(after.repaired) == set(ids)
+    assert any("can't be read now" in warning and "encoded anew" in warning for warning in after.warnings)
+    again = away.ask(question, list(ids), **options)
+    assert again.token_ids == before.token_ids and not again.repaired

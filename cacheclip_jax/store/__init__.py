@@ -1,5 +1,6 @@
 """Chunk caches and the passages that they were made from, on disk or in a bucket."""
 
+from cacheclip_jax.store.archive import Transfer
 from cacheclip_jax.store.audit import Problem
 from cacheclip_jax.store.maintain import GCReport, SpaceStats, StoreStats
 from cacheclip_jax.store.pending import PendingKV
@@ -17,6 +18,7 @@ __all__ = [
     "Space",
     "SpaceStats",
     "StoreStats",
+    "Transfer",
     "Version",
     "is_chunk_id",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 
 from cacheclip_jax.errors import BadInput, StoreError
 from cacheclip_jax.store import layout, maintain, versions
-from cacheclip_jax.store.chunkfile import checksum, head_bytes, stored_layer_bytes, unpack, unpack_for
+from cacheclip_jax.store.chunkfile import PRELUDE, checksum, head_bytes, stored_layer_bytes, unpack, unpack_for
 from cacheclip_jax.store.records import Entry, Passage, Space, text_id
 
 if TYPE_CHECKING:
@@ -106,11 +106,8 @@ def _check(
     try:
         if (data := store.pool.read(file)) is None:
             return []  # removed since the listing
-        entry = unpack(data[: layout_head(data)])
-        passage = entry.passage
-        _check_bytes(known.get(match[1]), entry, data)
-        if (entry.space, entry.chunk) != match.groups():
-            raise ValueError(f"it is chunk cache {entry.space}/{entry.chunk}")
+        passage = unpack(data[:PRELUDE]).passage
+        entry = check_object(data, match[1], match[2], known.get(match[1]))
     except (ValueError, StoreError) as e:
         return [Problem("data", file, f"The chunk cache is damaged: {e}.", passage, *match.groups())]
     if passage in owners or entry.text in texts or store.pool is not store.blobs:
@@ -119,19 +116,16 @@ def _check(
     return [Problem("unowned", file, message, passage, *match.groups())]
 
 
-def layout_head(data: bytes) -> int:
-    """How long an object's head says it is; raises ValueError."""
-    entry = unpack(data[:1024])
-    return head_bytes(entry.shape[0], entry.tokens)
-
-
-def _check_bytes(space: Space | None, entry: Entry, data: bytes) -> None:
-    """Raises ValueError unless an object is what its head says; with its space known, its key too."""
-    head, layers = head_bytes(entry.shape[0], entry.tokens), entry.shape[0]
-    if len(data) != head + entry.nbytes:
+def check_object(data: bytes, space_key: str, chunk: str, space: Space | None = None) -> Entry:
+    """The entry of a chunk cache's object; raises ValueError unless every byte is as it was written, for this chunk."""
+    shape = unpack(data[:PRELUDE]).shape
+    head = head_bytes(shape[0], shape[3])
+    entry = unpack(data[:head])
+    if (entry.space, entry.chunk) != (space_key, chunk):
+        raise ValueError(f"it is chunk cache {entry.space}/{entry.chunk}")
+    if len(data) != head + entry.nbytes or entry.nbytes % shape[0]:
         raise ValueError(f"it has {len(data)} bytes, not {head + entry.nbytes}")
-    each = entry.nbytes // layers
-    stored = np.frombuffer(data, np.uint8)[head:]
+    each, stored = entry.nbytes // shape[0], np.frombuffer(data, np.uint8)[head:]
     for layer, crc in enumerate(entry.crcs):
         if checksum(stored[layer * each : (layer + 1) * each]) != crc:
             raise ValueError(f"layer {layer} fails its checksum")
@@ -139,6 +133,7 @@ def _check_bytes(space: Space | None, entry: Entry, data: bytes) -> None:
         unpack_for(data[:head], space, entry.ids)
         if each != stored_layer_bytes(space, entry.tokens):
             raise ValueError("its layers have another size than its space's")
+    return entry
 
 
 def _ahead(pool: ThreadPoolExecutor, check: Callable, files: list[str]) -> Iterator[tuple[str, list[Problem]]]:

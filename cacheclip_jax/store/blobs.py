@@ -206,8 +206,8 @@ class BucketSource:
         """Fills a flat uint8 array; raises FileNotFoundError or EOFError where there is nothing to fill it with."""
         if offset == 0 and view.nbytes == self._head_bytes:
             start, result = 0, _waited(self._head)
-        elif self._body is not None:
-            start, result = self._head_bytes, _waited(self._body)
+        elif (body := self._body) is not None:
+            start, result = self._head_bytes, _waited(body)
         else:
             start = offset
             result = _waited(self._kv.read(self._key, byte_range=slice(offset, offset + view.nbytes)))
@@ -218,7 +218,8 @@ class BucketSource:
             raise EOFError(f"it ends at byte {offset + part.nbytes}")
         view[...] = part
 
-    def close(self) -> None:
+    def release(self) -> None:
+        """Lets go of what was read ahead; parts can still be read."""
         self._body = None
 
 

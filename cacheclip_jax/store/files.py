@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import fcntl
 import itertools
 import os
@@ -164,6 +165,9 @@ class FileSource:
                     raise EOFError(f"it ends at byte {offset}")
                 left, offset = left[n:], offset + n
 
+    def release(self) -> None:
+        """Nothing: other threads may be reading, so the file is closed with the last reference."""
+
     def close(self) -> None:
         if (fd := self._fd) is not None:
             self._fd = None
@@ -200,14 +204,13 @@ def _size(part: bytes | np.ndarray) -> int:
 
 def _reserve(fd: int, size: int) -> None:
     """Finds out that a disk is full before the first byte, where the file system can tell."""
+    if not hasattr(os, "posix_fallocate"):
+        return
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as e:
-        if e.errno not in _NO_RESERVING:
+        if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-
-
-_NO_RESERVING = (22, 38, 95)  # EINVAL, ENOSYS, EOPNOTSUPP
 
 
 def _write_all(fd: int, part: bytes | np.ndarray) -> None:

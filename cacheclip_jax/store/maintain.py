@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -18,6 +19,9 @@ from cacheclip_jax.store.tier import TieredBlobs
 
 if TYPE_CHECKING:
     from cacheclip_jax.store.store import ChunkStore
+
+
+log = logging.getLogger("cacheclip.store")
 
 
 @dataclass(frozen=True)
@@ -222,4 +226,6 @@ def gc(store: ChunkStore, max_bytes: int, grace: float = 3600.0) -> GCReport:
         store.drop(space, chunk)
         size -= nbytes
         chunks += 1
-    return GCReport(len(broken) + len(old) + left, chunks, before - size, size)
+    report = GCReport(len(broken) + len(old) + left, chunks, before - size, size)
+    log.info("gc", extra=vars(report))
+    return report

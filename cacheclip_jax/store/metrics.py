@@ -7,14 +7,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from threading import Lock
 
+from cacheclip_jax.errors import BadInput
+
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Metrics:
     """Counters by (what, tier) and histograms of seconds by (operation, tier); safe to share between threads.
 
-    Counted are hits, misses, damaged, unreadable, bytes_read, bytes_written, writes, evictions, uploads and
-    upload_failures; timed are read (from the call to the last layer) and write.
+    Counted are hits (chunks found, damaged ones too), misses, damaged, unreadable, bytes_read, bytes_written, writes,
+    evictions, uploads and upload_failures; timed are read (from the call to the last layer) and write.
     """
 
     def __init__(self) -> None:
@@ -68,8 +70,10 @@ class Metrics:
 
     def text(self) -> str:
         """All of it in Prometheus's text format; takes the package prometheus-client."""
-        from prometheus_client import CollectorRegistry, generate_latest
-
+        try:
+            from prometheus_client import CollectorRegistry, generate_latest
+        except ImportError:
+            raise BadInput("Prometheus text takes another package: pip install 'cacheclip-jax[metrics]'.") from None
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
         return generate_latest(registry).decode()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,8 @@ from cacheclip_jax.store.records import Entry, Space
 
 if TYPE_CHECKING:
     from cacheclip_jax.store.store import ChunkStore
+
+log = logging.getLogger("cacheclip.store")
 
 _TASK_BYTES = 1 << 20
 # A failure with one of these says nothing about the data, which may be whole.
@@ -54,7 +58,8 @@ class PendingKV:
         self._head, self._step = head_bytes(space.num_layers, len(ids)), stored_layer_bytes(space, len(ids))
         self._size = self._head + space.num_layers * self._step
         self._layers: list[Future[None]] = []
-        self._eager, self._began, self._done = eager, time.perf_counter(), False
+        self._lock = Lock()
+        self._eager, self._began, self._layers_read = eager, time.perf_counter(), 0
         self._failure: Exception | None = None
         self._source, self._tier = None, store.pool.tier
         try:
@@ -75,8 +80,6 @@ class PendingKV:
             return None
         except (*FAILURES, StoreError) as e:
             return self._flaw(e)
-        if self._eager:
-            self._start()
         return entry
 
     def unless_missing(self) -> PendingKV | None:
@@ -84,17 +87,26 @@ class PendingKV:
         if self._entry is None:
             self._store.metrics.count("misses", self._tier)
             return None
+        if isinstance(self._entry, Entry):
+            self._store.metrics.count("hits", self._tier)
+            if self._eager:
+                self._start()
         return self
 
     def _start(self) -> None:
-        """Begins to read every layer into `out`, some at a time where they are small."""
-        if self._out is None:
-            self._out = np.empty(self._space.shape(len(self._ids)), self._space.numpy_dtype)
-        some, layers = max(1, _TASK_BYTES // self._step), self._space.num_layers
-        for first in range(0, layers, some):
-            last = min(layers, first + some)
-            task = self._store.readers.submit(self._load, first, self._out[first:last])
-            self._layers += [task] * (last - first)
+        """Begins to read every layer into `out`, some at a time where they are small; once."""
+        with self._lock:
+            if self._layers:
+                return
+            if self._out is None:
+                self._out = np.empty(self._space.shape(len(self._ids)), self._space.numpy_dtype)
+            some, count = max(1, _TASK_BYTES // self._step), self._space.num_layers
+            layers: list[Future[None]] = []
+            for first in range(0, count, some):
+                last = min(count, first + some)
+                task = self._store.readers.submit(self._load, first, self._out[first:last])
+                layers += [task] * (last - first)
+            self._layers = layers
 
     def _load(self, first: int, out: Float[np.ndarray, "S 2 K C H"]) -> None:
         """Reads, checks and (where they were quantised) expands consecutive layers."""
@@ -131,12 +143,12 @@ class PendingKV:
             )
         with self._judged():
             self._load(layer, buffer.reshape(-1).view(dtype).reshape(1, *shape))
+        self._finished(1)
 
     def layer(self, layer: int) -> Float[np.ndarray, "2 K C H"]:
         """Waits for one layer; raises ChunkCorrupt when it is damaged, ChunkUnreadable when it can't be read now."""
         with self._judged():
-            if not self._layers:
-                self._start()
+            self._start()
             if self._layers[layer].exception() is not None:
                 # It was read together with others: this one may be whole.
                 assert self._out is not None
@@ -150,12 +162,16 @@ class PendingKV:
             for layer in range(self._space.num_layers):
                 self.layer(layer)
         assert self._out is not None and self._source is not None
-        if not self._done:
-            self._done = True
-            self._source.close()
-            self._store.metrics.count("hits", self._tier)
-            self._store.metrics.time("read", self._tier, time.perf_counter() - self._began)
+        self._source.release()
+        self._finished(self._space.num_layers)
         return self._out
+
+    def _finished(self, layers: int) -> None:
+        """Takes the time when as many layers were read as there are, once."""
+        with self._lock:
+            before, self._layers_read = self._layers_read, self._layers_read + layers
+        if before < self._space.num_layers <= self._layers_read:
+            self._store.metrics.time("read", self._tier, time.perf_counter() - self._began)
 
     @contextmanager
     def _judged(self):
@@ -182,4 +198,5 @@ class PendingKV:
             return ChunkUnreadable(message, chunk=self._passage)
         self._store.metrics.count("damaged", self._tier)
         message = f"The chunk cache of passage {self._passage} is damaged and has to be encoded again: {how}"
+        log.warning("a chunk cache is damaged", extra={"passage": self._passage, "file": self._where, "reason": how})
         return ChunkCorrupt(message, chunk=self._passage)

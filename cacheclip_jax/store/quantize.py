@@ -16,6 +16,7 @@ Kind = Literal["exact", "int8", "fp8"]
 KINDS: tuple[Kind, ...] = ("exact", "int8", "fp8")
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
+_SIGN_EXPONENT_MANTISSA = np.array(0x87F00000, np.uint32).view(np.int32)[()]
 
 
 def layer_bytes(kind: Kind, shape: tuple[int, int, int, int], itemsize: int) -> int:
@@ -50,7 +51,8 @@ def dequantize(kind: Kind, data: UInt8[np.ndarray, " bytes"], out: Float[np.ndar
         if kind == "int8":
             np.multiply(each.view(np.int8), s, out=x)
         else:
-            np.multiply(_half(each), s * np.float32(256), out=x)
+            _widen(each, x)
+            np.multiply(x, s, out=x)
         np.add(x, m, out=x)
         _round_into(out[divmod(head, k)], x)
 
@@ -65,15 +67,14 @@ def round_trip(kind: Kind, kv: Float[np.ndarray, "L 2 K C H"]) -> Float[np.ndarr
     return out
 
 
-def _half(codes: UInt8[np.ndarray, "C H"]) -> Float[np.ndarray, "C H"]:
-    """fp8 (e4m3) as float16, divided by 256: both have the same bits, but for the exponent's bias of 7 or 15."""
-    bits = codes.astype(np.uint16)
-    sign = bits & 0x80
-    bits &= 0x7F
-    bits <<= 7
-    sign <<= 8
-    bits |= sign
-    return bits.view(np.float16)
+def _widen(codes: UInt8[np.ndarray, "C H"], x: Float[np.ndarray, "C H"]) -> None:
+    """Fills x, float32, from fp8 (e4m3): sign, exponent and mantissa move to where float32 has them, whose exponent
+    counts from -127, not from -7."""
+    bits = x.view(np.int32)
+    np.copyto(bits, codes.view(np.int8))
+    np.left_shift(bits, 20, out=bits)
+    np.bitwise_and(bits, _SIGN_EXPONENT_MANTISSA, out=bits)
+    np.multiply(x, np.float32(2.0**120), out=x)
 
 
 def _round_into(out: Float[np.ndarray, "C H"], x: Float[np.ndarray, "C H"]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,22 +18,23 @@ import numpy as np
 from jaxtyping import Float
 
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, ChunkUnreadable, StoreError
-from cacheclip_jax.store import audit, layout, maintain, pins, versions
+from cacheclip_jax.store import archive, audit, layout, maintain, passages, pins, versions
 from cacheclip_jax.store.blobs import Blobs, translated
 from cacheclip_jax.store.chunkfile import head_bytes, pack, stored_layer_bytes, unpack_for
 from cacheclip_jax.store.metrics import Metrics
 from cacheclip_jax.store.pending import PendingKV
 from cacheclip_jax.store.quantize import KINDS, Kind
-from cacheclip_jax.store.records import ID_DIGITS, LAYOUT_VERSION, Entry, Passage, Space, is_chunk_id, text_id
+from cacheclip_jax.store.records import LAYOUT_VERSION, Entry, Passage, Space, is_chunk_id, text_id
 from cacheclip_jax.store.tier import TieredBlobs
 
 if TYPE_CHECKING:
     import jax
 
+log = logging.getLogger("cacheclip.store")
+
 _WRITERS = 4
 _READERS = min(8, max(4, os.cpu_count() or 1))
 _NAMESPACE = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_LIST = "`cacheclip store ls` lists the ids."
 
 
 class ChunkStore:
@@ -112,62 +114,12 @@ class ChunkStore:
     def url(self) -> str:
         return self.blobs.url
 
-    def add_passages(self, passages: Iterable[Passage]) -> None:
-        """Writes the passages that aren't there yet, and again those whose file is damaged."""
-        new = {layout.passage_file(p.id): p.to_json() for p in passages}
-        self.blobs.write_all((file, new[file]) for file, old in self.blobs.read_all(new) if old != new[file])
-
-    def passage_ids(self, prefix: str = "", *, all: bool = False) -> list[str]:
-        """Ids that begin with `prefix`, without those of documents' older versions unless `all`."""
-        files = self.blobs.list(layout.passage_stem(prefix))
-        ids = [match[1] for match in map(layout.PASSAGE.fullmatch, files) if match]
-        old = {} if all else versions.outdated(self, ids)
-        return [id for id in ids if id not in old] if old else ids
-
-    def resolve(self, prefix: str) -> str:
-        """The one passage id that begins with `prefix`; raises BadInput when there is none or several."""
-        if not is_chunk_id(prefix):
-            raise BadInput(f"{prefix!r} is no passage id, which is {ID_DIGITS} digits of 0-9 and a-f: {_LIST}")
-        found = self.passage_ids(prefix, all=True)
-        if not found:
-            raise BadInput(f"{self.url} has no passage {prefix}: {_LIST}")
-        if len(found) > 1:
-            raise BadInput(f"{prefix} begins {len(found)} ids ({', '.join(found[:3])}, ...): give more digits.")
-        return found[0]
-
-    def passage(self, id: str) -> Passage:
-        """The passage with this id, or unique beginning of one; raises BadInput or ChunkCorrupt."""
-        for _, passage in self.read_passages([self.resolve(id)]):
-            if isinstance(passage, ChunkCorrupt):
-                raise passage
-            return passage
-        raise BadInput(f"{self.url} has no passage {id} any more: {_LIST}")
-
-    def passages(self) -> list[Passage]:
-        """Every passage, by document and place in it; raises ChunkCorrupt."""
-        found = []
-        for _, passage in self.read_passages(self.passage_ids()):
-            if isinstance(passage, ChunkCorrupt):
-                raise passage
-            found.append(passage)
-        return sorted(found, key=lambda p: (p.document, p.start, p.end))
-
-    def read_passages(self, ids: Iterable[str]) -> Iterator[tuple[str, Passage | ChunkCorrupt]]:
-        """Passages by their full ids, or what is wrong with them; those that aren't there are left out."""
-        files = {layout.passage_file(id): id for id in ids}
-        for file, data in self.blobs.read_all(files):
-            if data is None:
-                continue
-            id = files[file]
-            try:
-                passage = Passage.from_json(data)
-                if passage.id != id:
-                    raise ValueError(f"it holds passage {passage.id}")
-                yield id, passage
-            except ValueError as e:
-                what = f"Passage {id} is damaged ({self.blobs.where(file)}: {e})."
-                way_out = f"Run `cacheclip store rm {id}` and index its document again."
-                yield id, ChunkCorrupt(f"{what} {way_out}", chunk=id)
+    add_passages = passages.add_passages
+    passage_ids = passages.passage_ids
+    resolve = passages.resolve
+    passage = passages.passage
+    read_passages = passages.read_passages
+    passages = passages.passages
 
     def has(self, space: Space, ids: Sequence[int]) -> bool:
         """Whether the chunk cache is committed; one whose head is damaged or can't be read isn't."""
@@ -300,6 +252,7 @@ class ChunkStore:
 
     def drop(self, space: str, chunk: str) -> None:
         """Removes a chunk cache by its keys; who is reading it on a local disk can finish."""
+        log.debug("a chunk cache is removed", extra={"space": space, "chunk": chunk})
         self.pool.delete(layout.chunk_file(space, chunk))
 
     def flush(self, timeout: float = 600.0) -> None:
@@ -328,6 +281,8 @@ class ChunkStore:
     entries = maintain.entries
     stats = maintain.stats
     verify = audit.verify
+    export_to = archive.export_to
+    import_from = archive.import_from
     remove = maintain.remove
     gc = maintain.gc
 

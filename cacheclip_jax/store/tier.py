@@ -8,11 +8,13 @@ answer, it is left alone for a while: what the disk has is served, the rest rais
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +35,9 @@ _UPLOADERS, _QUEUE = 2, 256
 _REST = 15.0  # seconds that a bucket is left alone after it failed
 
 
+_RUNNING: weakref.WeakSet[TieredBlobs] = weakref.WeakSet()
+
+
 class TieredBlobs:
     """The interface of Blobs, over a bucket and a local directory of at most `limit` bytes of chunk caches."""
 
@@ -49,7 +54,8 @@ class TieredBlobs:
         self._queue: queue.Queue[str] = queue.Queue(_QUEUE)
         self._queued: set[str] = set()
         self._lock, self._threads = threading.Lock(), list[threading.Thread]()
-        self._resting_until = 0.0
+        self._resting_until, self._stopping = 0.0, False
+        _RUNNING.add(self)
         self._adopt()
         if self.pending():
             self._wake()
@@ -190,9 +196,12 @@ class TieredBlobs:
                 thread.start()
 
     def _upload_all(self) -> None:
-        while True:
+        while not self._stopping:
+            if time.monotonic() < self._resting_until:
+                time.sleep(0.1)
+                continue
             try:
-                key = self._queue.get(timeout=1.0)
+                key = self._queue.get(timeout=0.2)
             except queue.Empty:
                 for key in self.pending()[:_QUEUE]:
                     self._enqueue(key)
@@ -202,10 +211,15 @@ class TieredBlobs:
             except StoreError as e:
                 self.on("upload_failures", "bucket", 1)
                 log.warning("an upload failed", extra={"key": key, "reason": str(e)})
-                time.sleep(0.2)
             finally:
                 with self._lock:
                     self._queued.discard(key)
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """Ends the uploading threads; what they haven't brought to the bucket stays noted."""
+        self._stopping = True
+        for thread in self._threads:
+            thread.join(seconds)
 
     def _upload(self, key: str) -> None:
         if not self._noted(key):
@@ -274,7 +288,6 @@ class TieredBlobs:
             source = self.local.source(key, 0, None)
             head = (next(self.local.read_all([key], PRELUDE))[1] or b"") if isinstance(source, FileSource) else b""
             self._count(key, head, [bytes(0), np.empty(source.size, np.uint8)])  # type: ignore[union-attr]
-            source.close()
 
     def _keep(self, key: str, parts: Sequence[bytes | np.ndarray]) -> bool:
         """Writes a local copy; a disk that can't take it is no reason to fail."""
@@ -288,6 +301,13 @@ class TieredBlobs:
     @staticmethod
     def _mutable(key: str) -> bool:
         return key.startswith(("documents/", "pins/", layout.MARKER))
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Threads that are inside TensorStore when the interpreter ends would abort the process."""
+    for tier in list(_RUNNING):
+        tier.stop()
 
 
 class FetchedSource:
@@ -314,5 +334,5 @@ class FetchedSource:
             raise EOFError(f"it ends at byte {offset + part.nbytes}")
         view[...] = part
 
-    def close(self) -> None:
-        return
+    def release(self) -> None:
+        """Nothing: the bytes go with the last reference."""
