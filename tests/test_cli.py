@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, __version__, cli
+from cacheclip_jax import CacheClip, __version__, cli, online
 from cacheclip_jax.store import ChunkStore
 from cacheclip_jax.store.blobs import Blobs, translated
 from tests.checkpoints import QWEN2, weights, write_directory, write_tokenizer
@@ -435,13 +435,13 @@ def test_verify_passes_on_a_healthy_pair_and_fails_beyond_its_limits(models, tmp
 
 def test_verify_fails_when_recomputing_is_wrong(models, tmp_path, monkeypatch):
     write_corpus(tmp_path)
-    rows = CacheClip.rows
+    choose_rows = online.choose_rows
 
-    def shifted(model, ids, positions, cache):
-        sparse = positions[0] > 0  # not a prefill from the beginning
-        return rows(model, ids, positions + sparse * (np.arange(len(ids)) == len(ids) - 1), cache)
+    def shifted(*args):
+        x, positions, last = choose_rows(*args)
+        return x, positions.at[last].add(1), last
 
-    monkeypatch.setattr(CacheClip, "rows", staticmethod(shifted))
+    monkeypatch.setattr(online, "choose_rows", shifted)
     checked = cacheclip("verify", tmp_path, "--question", QUESTION, *models, "--ratio", 1, "--json")
     assert checked.code == 1
     assert not json.loads(checked.out)[0]["passed"]
