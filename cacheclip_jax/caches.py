@@ -28,9 +28,10 @@ Behind = Literal["shared", "none"]
 
 @dataclass
 class Fetched:
-    """A request's chunk caches as sources (None where not wanted), and how they were come by."""
+    """A request's chunk caches, each as pages held in the host tier or as a source (None where not wanted), and how
+    they were come by."""
 
-    sources: list[Source | None] = field(default_factory=list)
+    sources: list[Source | np.ndarray | None] = field(default_factory=list)
     hits: int = 0
     misses: int = 0
     encoded: list[str] = field(default_factory=list)
@@ -49,10 +50,10 @@ class Fetched:
 class ChunkCaches:
     """One model's view of a chunk store, under one prompt format."""
 
-    def __init__(self, model: Model, store: ChunkStore, prompt_format: PromptFormat, host: HostTier):
+    def __init__(self, model: Model, store: ChunkStore, prompt_format: PromptFormat):
         self.model = model
         self.store = store
-        self.host = host
+        self.host: HostTier | None = None  # of recently used chunks in host memory; the engine sets it
         self.staging = Staging(replicated(model.params.embed.sharding))
         self.tier: DeviceTier | None = None  # of recently used chunks on the device; the engine sets it
         self.format = prompt_format
@@ -127,14 +128,13 @@ class ChunkCaches:
         for i, passage in enumerate(passages):
             if wanted is not None and not wanted[i]:
                 continue
-            if (kv := self.host.get(self.key(behind, passage))) is not None:
-                out.sources[i] = InMemory(kv)
+            if self.host and (pages := self.host.hold(self.key(behind, passage))) is not None:
+                out.sources[i] = pages
                 out.hits += 1
             else:
                 unread.append(i)
-        keep = self.host.limit_bytes > 0
         wanted_ids = [(self.encoded(passages[i]).ids, passages[i].id) for i in unread]
-        pending = self.store.read_all(space, wanted_ids, eager=keep)
+        pending = self.store.read_all(space, wanted_ids, eager=False) if unread else []
         missing = []
         for i, read in zip(unread, pending, strict=True):
             if read is None:
@@ -142,7 +142,7 @@ class ChunkCaches:
                 missing.append(i)
             else:
                 out.hits += 1
-                out.sources[i] = Stored(read, partial(self.host.put, self.key(behind, passages[i])) if keep else None)
+                out.sources[i] = Stored(read, partial(self._admit, space, passages[i], self.key(behind, passages[i])))
         if missing:
             ours = {c.space(b).key for c in self.pair for b in ("shared", "none")}
             if (why := self.store.explain_miss(space, ours)) is not None:
@@ -161,7 +161,6 @@ class ChunkCaches:
         fetched.hits, fetched.misses = fetched.hits - 1, fetched.misses + 1
         fetched.repaired.append(passage.id)
         fetched.warnings.append(f"{error}; encoded anew from its text")
-        self.host.drop(self.key(behind, passage))
         with suppress(StoreError):  # the write that follows reports a store that can't be written
             self.store.discard(space, self.encoded(passage).ids)
         return self._make([index], passages, behind, fetched)[passage.id]
@@ -180,7 +179,8 @@ class ChunkCaches:
         for passage, kv in self.encode(list(by_id.values()), behind):
             as_stored = round_trip(self.store.kv, kv)  # so that the next answer is the same
             made[passage.id] = InMemory(as_stored)
-            self.host.put(self.key(behind, passage), as_stored)
+            if self.host:
+                self.host.put(self.key(behind, passage), as_stored)
             if not writable:
                 continue
             try:
@@ -189,6 +189,13 @@ class ChunkCaches:
                 out.warnings.append(str(e))
                 writable = False
         return made
+
+    def _admit(self, space: Space, passage: Passage, key: Key) -> None:
+        """Keep a chunk cache of the store in host memory too, where there is a tier; a damaged one isn't kept."""
+        if self.host:
+            with suppress(StoreError):
+                if (read := self.store.read(space, self.encoded(passage).ids, passage.id)) is not None:
+                    self.host.put(key, read.result())
 
     def _key(self, behind: Behind, passage: Passage) -> Key:
         """What a chunk's cache is called: its space and its own key."""
@@ -207,20 +214,15 @@ def replicated(sharding: Sharding) -> Sharding:
 
 
 class Stored:
-    """A chunk cache in the store; `admit` gets it whole after its last layer, where it's kept in host memory."""
+    """A chunk cache in the store, read layer by layer; `admit` is called after the last one."""
 
-    def __init__(self, pending: PendingKV, admit: Callable[[np.ndarray], None] | None):
+    def __init__(self, pending: PendingKV, admit: Callable[[], None]):
         self._pending, self._admit = pending, admit
 
     def read_layer(self, layer: int, out: np.ndarray) -> None:
-        """Read a layer: straight into `out`, or with the whole that will be kept."""
-        if self._admit is None:
-            self._pending.read_layer_into(layer, out)
-        else:
-            np.copyto(out, self._pending.layer(layer).reshape(-1).view(np.uint8))
+        """Read a layer straight into `out`."""
+        self._pending.read_layer_into(layer, out)
 
     def done(self) -> None:
-        """Hand over the whole, unless a layer that nobody asked for is damaged."""
-        if self._admit is not None:
-            with suppress(ChunkCorrupt):
-                self._admit(self._pending.result())
+        """Have it kept in host memory, now that nobody waits for it."""
+        self._admit()

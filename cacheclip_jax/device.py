@@ -46,12 +46,9 @@ class DeviceTier:
         self._pen = at + block
         return at
 
-    def keep(self, keys: Sequence[Key], sizes: Sequence[int], missing: Sequence[bool], at: int) -> None:
-        """Note that a block that begins at row `at` holds the missing ones of some parts, one after another."""
-        for key, size, absent in zip(keys, sizes, missing, strict=True):
-            if absent:
-                self._parts.setdefault(key, (at, size))
-                at += size
+    def keep(self, key: Key, first: int, size: int) -> None:
+        """Note that a part lies at `size` rows from row `first` on."""
+        self._parts.setdefault(key, (first, size))
 
     def take(self, start: int, stop: int) -> tuple[jax.Array, ...]:
         """The rows of layers `start` to `stop`, to be donated; zeros at first."""

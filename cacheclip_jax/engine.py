@@ -89,11 +89,9 @@ class CacheClip:
                  prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008 (frozen)
                  host_bytes: int = HOST_BYTES, device_bytes: int = 0):
         self.store = store
-        self.host = HostTier(host_bytes)
-        self.primary = ChunkCaches(primary, store, prompt_format, self.host)
-        self.aux = ChunkCaches(aux, store, prompt_format, self.host) if aux is not None else None
-        if device_bytes:
-            self._keep_on_device(device_bytes)
+        self.primary = ChunkCaches(primary, store, prompt_format)
+        self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
+        self._make_tiers(host_bytes, device_bytes)
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="cacheclip")
         for caches in (pair := self._models()):
             caches.pair = pair
@@ -138,12 +136,18 @@ class CacheClip:
         return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context, host_bytes=host_bytes,
                    device_bytes=device_bytes)
 
-    def _keep_on_device(self, limit_bytes: int) -> None:
-        """Give both models tiers on their devices that hold about as many tokens each."""
-        sizes = [c.model.config.kv_values_per_token for c in self._models()]
-        for caches, size in zip(self._models(), sizes, strict=True):
-            caches.tier = DeviceTier(caches.model.config, limit_bytes * size // sum(sizes), caches.dtype,
-                                     caches.staging.sharding)
+    def _make_tiers(self, host_bytes: int, device_bytes: int) -> None:
+        """Give both models tiers in host memory and on their devices that hold about as many tokens each."""
+        models = [self.primary] if self.aux is None else [self.primary, self.aux]
+        sizes = [c.model.config.kv_values_per_token for c in models]
+        for caches, size in zip(models, sizes, strict=True):
+            cfg, dtype, share = caches.model.config, caches.dtype, size / sum(sizes)
+            if caches is self.aux and self.aux.model is self.primary.model:
+                caches.host = self.primary.host
+            elif host_bytes:
+                caches.host = HostTier(cfg.num_layers, cfg.head_dim * dtype.itemsize, int(host_bytes * share))
+            if device_bytes:
+                caches.tier = DeviceTier(cfg, int(device_bytes * share), dtype, caches.staging.sharding)
 
     # ---------------------------------------------------------------- index
 

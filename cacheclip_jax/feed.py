@@ -7,14 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
 import jax
+import numpy as np
 
 from cacheclip_jax.assemble import Placement, placement
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import Behind, ChunkCaches, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.device import add_block
-from cacheclip_jax.host import platform_of
-from cacheclip_jax.loader import InMemory, LayerLoader, Source
+from cacheclip_jax.host import PAGE_ROWS, Key, platform_of
+from cacheclip_jax.loader import InMemory, LayerLoader, Part, Source
 from cacheclip_jax.store import Passage
 
 LAYERS_AHEAD = 8  # layers on the device before their turn: at least two of the largest span
@@ -35,62 +36,89 @@ class Feed:
         A chunk that isn't `wanted` (all its tokens are recomputed anyway) is left out. `accounting` hears of hits,
         misses and repairs. The copies of the feed `after` go first.
         """
-        self.caches, self.depth = caches, depth
-        self._tier, self._at = caches.tier, 0
-        cfg, prefix = caches.model.config, caches.prefix_kv()
+        self.depth = depth
+        cfg, prefix, self._host = caches.model.config, caches.prefix_kv(), caches.host
+        tokens, per_token = [prefix.shape[3], *lengths], 2 * cfg.num_kv_heads
         wanted = [True] * len(passages) if wanted is None else wanted
-        tokens = [prefix.shape[3], *lengths]
-        per_token = 2 * cfg.num_kv_heads
+        self._sizes = [per_token * n for n in tokens]
         self._keys = [(f"{caches.space(behind).key}/{depth}", part) for part in
                       ("prefix", *(caches.key(behind, p)[1] for p in passages))]
-        self._sizes = [per_token * n for n in tokens]
-        missing, rows, offsets = self._missing([True, *wanted], per_token)
-        accounting.hits += sum(w and not m for w, m in zip(wanted, missing[1:], strict=True))
+        self._tier, self._at = caches.tier, 0
         self._loader: LayerLoader | None = None
+        self._held: list[Key] = []
+        missing, rows = self._missing([True, *wanted], per_token)
+        accounting.hits += sum(w and not m for w, m in zip(wanted, missing[1:], strict=True))
+        found = caches.fetch(passages, behind, clock, missing[1:]) if any(missing) else Fetched([None] * len(passages))
+        accounting.absorb(found)
+        sources = [self._prefix(prefix, behind, caches) if missing[0] else None, *found.sources]
+        self._held += [caches.key(behind, p) for p, source in zip(passages, found.sources, strict=True)
+                       if isinstance(source, np.ndarray)]
+        pages, parts, indices, offsets = self._layout(sources, missing, cfg.head_dim * caches.dtype.itemsize)
         if any(missing):
-            found = caches.fetch(passages, behind, clock, missing[1:])
-            accounting.absorb(found)
-            sources: list[Source | None] = [InMemory(prefix), *found.sources]
-            whole = self._tier is None
-            parts = [(source, n) for source, n, m in zip(sources, tokens, missing, strict=True) if m or whole]
-            # Part 0 is the prefix where it's loaded; it isn't stored, so never damaged.
-            chunks = [i for i, m in enumerate(missing[1:]) if m or whole]
-            skip = len(parts) - len(chunks)
             self._loader = LayerLoader(
-                pool, caches.staging, parts, depth, per_token, (rows, cfg.head_dim), caches.dtype,
+                pool, caches.staging, self._host, pages, parts, depth, (rows, cfg.head_dim), caches.dtype,
                 ahead=depth if platform_of(caches.staging.sharding) == "cpu" else LAYERS_AHEAD,
-                repair=lambda i, e: caches.repair(passages, behind, accounting, chunks[i - skip], e),
+                # Part 0 of all is the prefix, which is never damaged: it isn't stored.
+                repair=lambda i, e: caches.repair(passages, behind, accounting, indices[i] - 1, e),
                 after=after.sent_all if after else None)
-        self._kept = missing
+        self._new = [(key, first, size) for key, first, size, m in
+                     zip(self._keys, offsets, self._sizes, missing, strict=True) if m]
         where = placement(cfg, slots, tokens, offsets)
         self.where: Placement = jax.device_put(where, caches.staging.sharding)
 
-    def _missing(self, wanted: Sequence[bool], per_token: int) -> tuple[list[bool], int, list[int] | None]:
-        """Which parts must be loaded, the rows of the block that they fill, and where every part begins in the rows
-        that `take` gives; without a tier, one after another in a block of all."""
+    def _prefix(self, prefix: np.ndarray, behind: Behind, caches: ChunkCaches) -> Source | np.ndarray:
+        """The prefix as pages of the host tier, so that it's gathered with the chunks, or as a source."""
+        if self._host is not None:
+            key = (caches.space("shared").key, "prefix")
+            self._host.put(key, prefix)
+            if (pages := self._host.hold(key)) is not None:
+                self._held.append(key)
+                return pages
+        return InMemory(prefix)
+
+    def _missing(self, wanted: Sequence[bool], per_token: int) -> tuple[list[bool], int]:
+        """Which parts must be loaded, and the rows of the block that they fill, where each may end in a page's rest."""
+        def block(parts: Sequence[bool]) -> int:
+            need = sum(-(-size // PAGE_ROWS) * PAGE_ROWS for size, m in zip(self._sizes, parts, strict=True) if m)
+            return per_token * bucket(-(-need // per_token), 256, steps=32) if need else 0
+
         if self._tier is not None:
             missing = [w and at is None for w, at in zip(wanted, self._tier.find(self._keys), strict=True)]
             for _ in range(4):  # a block may take the place of parts that are wanted too: then it must hold them
-                need = sum(size for size, m in zip(self._sizes, missing, strict=True) if m)
-                rows = per_token * bucket(need // per_token, 256, steps=32) if need else 0
+                rows = block(missing)
                 at = self._tier.reserve(rows) if rows else 0
                 if at is None:
                     break
                 self._at = at
                 now = [w and first is None for w, first in zip(wanted, self._tier.find(self._keys), strict=True)]
                 if now == missing:
-                    return missing, rows, self._offsets(missing)
+                    return missing, rows
                 missing = now
-            self._tier = None
-        return list(wanted), per_token * bucket(sum(self._sizes) // per_token, 256, steps=32), None
+            self._tier, self._at = None, 0
+        return list(wanted), block([True] * len(wanted))
 
-    def _offsets(self, missing: Sequence[bool]) -> list[int]:
-        assert self._tier is not None
-        offsets, end = [], self._at
-        for size, absent, first in zip(self._sizes, missing, self._tier.find(self._keys), strict=True):
-            offsets.append(end if absent else first or 0)
-            end += size if absent else 0
-        return offsets
+    def _layout(self, sources: Sequence[Source | np.ndarray | None], missing: Sequence[bool], row_bytes: int
+                ) -> tuple[np.ndarray, list[Part], list[int], list[int]]:
+        """The host tier's pages that fill the block's beginning, the parts behind them and which of all parts they are,
+        and where every part begins in the rows that `take` gives."""
+        paged = [i for i, source in enumerate(sources) if isinstance(source, np.ndarray)]
+        pages = np.concatenate([np.zeros(0, np.int64), *(sources[i] for i in paged)])
+        offsets, row = [0] * len(sources), 0
+        for i in paged:
+            offsets[i], row = self._at + row, row + PAGE_ROWS * len(sources[i])  # type: ignore[arg-type]
+        found = self._tier.find(self._keys) if self._tier else [None] * len(sources)
+        parts, indices = [], []
+        for i, (source, size) in enumerate(zip(sources, self._sizes, strict=True)):
+            if isinstance(source, np.ndarray):
+                continue
+            if not missing[i] and self._tier is not None:
+                offsets[i] = found[i] or 0
+                continue
+            offsets[i] = self._at + row
+            parts.append(Part(row * row_bytes, (row + size) * row_bytes, source))
+            indices.append(i)
+            row += size
+        return pages, parts, indices, offsets
 
     @property
     def sent_all(self) -> Event | None:
@@ -106,7 +134,8 @@ class Feed:
             new = self._loader.take(start, stop)
             self._tier.written(start, add_block(self._tier.take(start, stop), new, self._at))
             if stop == self.depth:
-                self._tier.keep(self._keys, self._sizes, self._kept, self._at)
+                for key, first, size in self._new:
+                    self._tier.keep(key, first, size)
         return self._tier.take(start, stop)
 
     def computed(self, marks: Sequence[jax.Array]) -> None:
@@ -118,3 +147,6 @@ class Feed:
         """Let the loading threads end, also when not every layer was taken."""
         if self._loader is not None:
             self._loader.stop()
+        if self._host is not None:
+            self._host.release(self._held)
+            self._held = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -15,43 +15,73 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Float
 
 Key = tuple[str, str]  # space, chunk
+PAGE_ROWS = 256
 
 
 class HostTier:
-    """Chunk caches in host memory, bounded in bytes; the least recently used leave first. Safe to share by threads."""
+    """One model's chunk caches in host memory, bounded in bytes; the least recently used leave first.
 
-    def __init__(self, limit_bytes: int):
-        self.limit_bytes = limit_bytes
-        self.used_bytes = 0
+    They lie in pages of PAGE_ROWS rows, the same pages in every layer, so that a request's chunks are gathered layer by
+    layer with one call that lets Python's lock go: a call for each chunk would queue for it. Threads may share it.
+    """
+
+    def __init__(self, num_layers: int, row_bytes: int, limit_bytes: int):
+        self.page_bytes = PAGE_ROWS * row_bytes
+        self.pages = limit_bytes // (num_layers * self.page_bytes)
+        self._memory = np.empty((num_layers, self.pages, self.page_bytes), np.uint8)
+        self._free = list(range(self.pages))
         self._kept: OrderedDict[Key, np.ndarray] = OrderedDict()
+        self._held: Counter[Key] = Counter()
         self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: Key) -> Float[np.ndarray, "L 2 K C H"] | None:
-        """A chunk cache, to be read only; None when it isn't here."""
+    def hold(self, key: Key) -> np.ndarray | None:
+        """The pages of a chunk cache, which stay as they are until `release`; None when it isn't here."""
         with self._lock:
-            if key in self._kept:
+            if (pages := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
-            return self._kept.get(key)
+                self._held[key] += 1
+            return pages
+
+    def release(self, keys: Iterable[Key]) -> None:
+        """Let chunk caches go that were held."""
+        with self._lock:
+            self._held -= Counter(keys)
+
+    def gather(self, layer: int, pages: np.ndarray, out: np.ndarray) -> None:
+        """Copy pages of a layer into `out`, as bytes, one after another."""
+        np.take(self._memory[layer], pages, axis=0, out=out.reshape(-1, self.page_bytes), mode="clip")
 
     def put(self, key: Key, kv: Float[np.ndarray, "L 2 K C H"]) -> None:
-        """Keep a chunk cache, unless it alone is over the limit; the array is shared, not copied."""
+        """Keep a chunk cache, unless there's no room for it beside those that are held."""
+        layers = np.ascontiguousarray(kv).reshape(len(kv), -1).view(np.uint8)
+        need = -(-layers.shape[1] // self.page_bytes)
         with self._lock:
-            if kv.nbytes > self.limit_bytes or key in self._kept:
+            if key in self._kept or not self._make_room(need):
                 return
-            self._kept[key] = kv
-            self.used_bytes += kv.nbytes
-            while self.used_bytes > self.limit_bytes:
-                _, dropped = self._kept.popitem(last=False)
-                self.used_bytes -= dropped.nbytes
+            pages = np.array([self._free.pop() for _ in range(need)], np.int64)
+            whole = layers.shape[1] // self.page_bytes
+            split = whole * self.page_bytes
+            self._memory[:, pages[:whole]] = layers[:, :split].reshape(len(kv), whole, self.page_bytes)
+            if whole < need:
+                self._memory[:, pages[whole], : layers.shape[1] - split] = layers[:, split:]
+            self._kept[key] = pages
 
     def drop(self, key: Key) -> None:
-        """Forget a chunk cache, where it's here."""
+        """Forget a chunk cache, where it's here and nobody holds it."""
         with self._lock:
-            if (kv := self._kept.pop(key, None)) is not None:
-                self.used_bytes -= kv.nbytes
+            if key in self._kept and not self._held[key]:
+                self._free += self._kept.pop(key).tolist()
+
+    def _make_room(self, need: int) -> bool:
+        for key in list(self._kept):
+            if len(self._free) >= need:
+                break
+            if not self._held[key]:
+                self._free += self._kept.pop(key).tolist()
+        return len(self._free) >= need
 
 
 def platform_of(sharding: Sharding) -> str:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from cacheclip_jax.errors import ChunkCorrupt
-from cacheclip_jax.host import Buffer, Staging
+from cacheclip_jax.host import Buffer, HostTier, Staging
 
-WORKERS = min(12, os.cpu_count() or 1)
-BATCH = 4  # layers that threads fill before they meet: meeting takes a turn of Python's lock for each of them
+WORKERS = min(8, os.cpu_count() or 1)
+BATCH = 4  # layers that threads fill before they meet: each meeting is a turn of Python's lock for every one of them
 
 
 class Source(Protocol):
@@ -44,35 +44,43 @@ class InMemory:
         """Nothing is left to do."""
 
 
+class Part(NamedTuple):
+    """A part of every layer's bytes that a source fills; a source of None leaves them as they are, for tokens that are
+    recomputed anyway."""
+
+    start: int
+    end: int
+    source: Source | None
+
+
 class LayerLoader:
     """Loads the parts of an assembled cache, one layer after another, each a single copy to the device.
 
     Worker threads gather a layer's parts into one host buffer, a coordinator sends it; both run ahead of the caller,
     who takes layers with `take` and says with `computed` how far the device has come.
 
-    `parts` are (source, tokens); a source of None leaves its slots as they are, for tokens that are recomputed anyway.
-    `ahead` layers at most lie on the device before their turn, which bounds what loading adds to its memory.
-    `repair(index, error)` gives a source instead of one that turned out damaged. No copy is started
-    before `after` is set.
+    Buffers begin with `pages` of the host tier, the `parts` lie behind them. `ahead` layers at most lie on the device
+    before their turn, which bounds what loading adds to its memory. `repair(index, error)` gives a source instead of
+    one that turned out damaged. No copy is started before `after` is set.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, staging: Staging, parts: Sequence[tuple[Source | None, int]],
-                 num_layers: int, rows_per_token: int, shape: tuple[int, int], dtype: Any, ahead: int,
+    def __init__(self, pool: ThreadPoolExecutor, staging: Staging, tier: HostTier | None, pages: np.ndarray,
+                 parts: Sequence[Part], num_layers: int, shape: tuple[int, int], dtype: Any, ahead: int,
                  repair: Callable[[int, ChunkCorrupt], Source], after: Event | None = None):
         self.num_layers = num_layers
         self.sent_all = Event()
-        self._sources = [source for source, _ in parts]
+        self._tier, self._parts = tier, list(parts)
         self._repair, self._staging, self._shape, self._dtype, self._ahead = repair, staging, shape, dtype, ahead
-        row_bytes = shape[1] * np.dtype(dtype).itemsize
-        sizes = np.array([tokens for _, tokens in parts], np.int64) * rows_per_token * row_bytes
-        ends = np.cumsum(sizes)
-        self._spans = [(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
         self._buffers: dict[int, Buffer] = {}
         self._layers: list[jax.Array | None] = [None] * num_layers
         self._error: BaseException | None = None
         self._lock = Lock()
         self._batches = [range(n, min(n + BATCH, num_layers)) for n in range(0, num_layers, BATCH)]
-        shares = [share for share in _shares(np.tile(sizes, BATCH), WORKERS) if share]
+        runs = [run for run in np.array_split(pages, 2) if len(run)]  # two calls a layer keep eight threads busy
+        sizes = [len(run) * tier.page_bytes for run in runs] if tier else []
+        self._runs = [(sum(sizes[:i]), run) for i, run in enumerate(runs)]
+        sizes += [part.end - part.start for part in parts]
+        shares = [share for share in _shares(np.tile(np.array(sizes, np.int64), BATCH), WORKERS) if share]
         # Everyone waits for an event of their own: threads that wake each other up for nothing queue for Python's lock.
         self._empty, self._full = ([Event() for _ in self._batches] for _ in range(2))
         self._filling = [len(shares)] * len(self._batches)
@@ -153,31 +161,36 @@ class LayerLoader:
                 return
             targets = [self._buffers[layer] for layer in batch]
             for task in share:
-                nth, index = divmod(task, len(self._sources))
-                if nth < len(batch):
-                    start, end = self._spans[index]
-                    self._read(index, batch[nth], targets[nth].bytes[start:end])
+                nth, index = divmod(task, len(self._runs) + len(self._parts))
+                if nth >= len(batch):
+                    continue
+                if index >= len(self._runs):
+                    self._read(index - len(self._runs), batch[nth], targets[nth].bytes)
+                elif self._tier:
+                    start, pages = self._runs[index]
+                    end = start + len(pages) * self._tier.page_bytes
+                    self._tier.gather(batch[nth], pages, targets[nth].bytes[start:end])
             with self._lock:
                 self._filling[number] -= 1
                 last = not self._filling[number]
             if last:
                 self._full[number].set()
         if last:  # of all workers, at the last batch
-            for source in self._sources:
-                if source is not None:
-                    source.done()
+            for part in self._parts:
+                if part.source is not None:
+                    part.source.done()
 
-    def _read(self, index: int, layer: int, out: np.ndarray) -> None:
-        source = self._sources[index]
+    def _read(self, index: int, layer: int, buffer: np.ndarray) -> None:
+        start, end, source = part = self._parts[index]
         if source is None:
             return
         try:
-            source.read_layer(layer, out)
+            source.read_layer(layer, buffer[start:end])
         except ChunkCorrupt as e:
             with self._lock:
-                if self._sources[index] is source:  # else another worker, at another layer, has repaired it meanwhile
-                    self._sources[index] = self._repair(index, e)
-            self._read(index, layer, out)
+                if self._parts[index] is part:  # else another worker, at another layer, has repaired it meanwhile
+                    self._parts[index] = Part(start, end, self._repair(index, e))
+            self._read(index, layer, buffer)
 
 
 def _shares(sizes: np.ndarray, workers: int) -> list[list[int]]:

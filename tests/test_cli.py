@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, __version__, cli, online
+from cacheclip_jax import __version__, cli, online
 from cacheclip_jax.store import ChunkStore
 from cacheclip_jax.store.blobs import Blobs, translated
 from tests.checkpoints import QWEN2, weights, write_directory, write_tokenizer

@@ -8,7 +8,7 @@ import pytest
 from cacheclip_jax import CacheClip, ChunkStore, Passage, feed, host, loader, online
 from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.errors import StoreError
-from cacheclip_jax.host import HostTier
+from cacheclip_jax.host import PAGE_ROWS, HostTier
 from cacheclip_jax.loader import _shares
 from cacheclip_jax.model.load import load_model
 from tests.conftest import max_diff, stacked
@@ -53,7 +53,7 @@ REQUESTS = [TEXTS[:3], TEXTS[:3], TEXTS[2::-1], TEXTS[1:5], [TEXTS[0], TEXTS[0],
 def test_where_a_chunk_comes_from_never_changes_a_bit(models, store, tokens, method, way):
     plain = CacheClip(*models, store, host_bytes=0)
     size = sum(m.config.kv_values_per_token * 4 for m in models)
-    tiered = CacheClip(*models, store, device_bytes=tokens * size)
+    tiered = CacheClip(*models, store, device_bytes=tokens * size, host_bytes=1200 * size)
     for chunks in REQUESTS:
         expected, got = (prefilled(c, chunks, method) for c in (plain, tiered))
         assert max_diff(expected.logits, got.logits) == 0
@@ -76,18 +76,42 @@ def test_what_lies_on_the_device_is_read_from_nowhere_else(models, store, monkey
         prefilled(clip, [*TEXTS, "the dog sat on another mat"])
 
 
-def test_the_host_tier_is_bounded_and_drops_what_was_used_least_recently():
-    tier = HostTier(100)
-    a, b, c = (np.full(40, i, np.uint8) for i in range(3))
-    tier.put(("s", "a"), a)
-    tier.put(("s", "b"), b)
-    assert tier.get(("s", "a")) is a
-    tier.put(("s", "c"), c)
-    assert tier.get(("s", "b")) is None and tier.get(("s", "a")) is a and tier.used_bytes == 80
-    tier.put(("s", "large"), np.zeros(101, np.uint8))
-    assert len(tier) == 2
-    tier.drop(("s", "a"))
-    assert tier.get(("s", "a")) is None and tier.used_bytes == 40
+def gathered(tier: HostTier, key, layers: int) -> np.ndarray | None:
+    pages = tier.hold(key)
+    if pages is None:
+        return None
+    out = np.zeros((layers, len(pages) * tier.page_bytes), np.uint8)
+    for layer in range(layers):
+        tier.gather(layer, pages, out[layer])
+    tier.release([key])
+    return out
+
+
+def test_the_host_tier_keeps_bytes_in_its_bound_drops_the_least_recent_and_never_what_is_held():
+    rng = np.random.default_rng(0)
+    row, layers = 8, 3
+    tier = HostTier(layers, row, 10 * layers * PAGE_ROWS * row)
+    assert tier.pages == 10
+    held, kept = ("s", "held"), {}
+    for n in range(80):
+        key = held if n == 0 else ("s", str(n))
+        kv = rng.integers(0, 255, (layers, 2, 1, int(rng.integers(1, 3 * PAGE_ROWS // 2)), row)).astype(np.uint8)
+        tier.put(key, kv)
+        kept[key] = kv
+        if n == 0:
+            assert tier.hold(held) is not None
+        found = [k for k in kept if (got := gathered(tier, k, layers)) is not None and np.array_equal(
+            got[:, : kept[k][0].size], kept[k].reshape(layers, -1))]
+        assert held in found and key in found and len(found) == len(tier)
+        if n % 3 == 0 and n:  # used again: it outlives one that was not
+            gathered(tier, key, layers)
+    tier.release([held])
+    tier.put(("s", "large"), np.zeros((layers, 2, 1, 5 * PAGE_ROWS, row), np.uint8))
+    assert len(tier) == 1 and tier.hold(held) is None
+    tier.put(("s", "too large"), np.zeros((layers, 2, 1, 5 * PAGE_ROWS + 1, row), np.uint8))
+    assert tier.hold(("s", "too large")) is None
+    tier.drop(("s", "large"))
+    assert len(tier) == 0
 
 
 def test_a_device_tier_never_finds_what_a_later_block_lies_on(models):
@@ -100,7 +124,7 @@ def test_a_device_tier_never_finds_what_a_later_block_lies_on(models):
         at = tier.reserve(size)
         lies = {k: (first, count) for k, (first, count) in lies.items() if first + count <= at or first >= at + size}
         key = ("space", str(n))
-        tier.keep([key], [size], [True], at)
+        tier.keep(key, at, size)
         lies[key] = (at, size)
         assert at + size <= 100
         assert tier.find([("space", str(i)) for i in range(n + 1)]) == [
