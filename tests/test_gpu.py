@@ -1,0 +1,59 @@
+"""The invariants on a GPU in bfloat16, with the kernels that run there; skipped without one."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacheclip_jax.assemble import KVCache, empty
+from cacheclip_jax.attention import choose
+from cacheclip_jax.model.params import init
+from cacheclip_jax.recompute import embed_rows, fresh_span, last_logits, recompute
+from tests.conftest import TINY, assembled, max_diff, random_prompt
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+
+@pytest.fixture(scope="module", params=[64, 128])
+def model(request):
+    cfg = replace(TINY["qwen2"], d_model=256, d_mlp=512, num_heads=14, num_kv_heads=2, head_dim=request.param)
+    how = choose("gpu", jax.devices()[0].compute_capability, cfg.head_dim, jnp.bfloat16).name
+    return cfg, init(jax.random.key(7), cfg, "bfloat16"), how
+
+
+def full(params, cfg, ids, how, slots=1024):
+    positions = np.arange(len(ids), dtype=np.int32)
+    x, layers = fresh_span(embed_rows(params, ids), params.layers, cfg, positions, slots, how)
+    return np.asarray(last_logits(params, cfg, x, np.int32(len(ids) - 1))), KVCache(*zip(*layers, strict=True))
+
+
+def rows(params, cfg, ids, positions, cache, how):
+    return np.asarray(recompute(params, cfg, ids, positions.astype(np.int32), np.int32(len(ids) - 1), cache, how)[0])
+
+
+def noise(params, cfg, ids, expected):
+    """How far full prefills in another arithmetic lie from the expected one: blocked attention, and float32."""
+    exact = full(jax.tree.map(lambda w: w.astype("float32"), params), cfg, ids, "blocked")[0]
+    return max(max_diff(exact, expected), max_diff(full(params, cfg, ids, "blocked")[0], expected))
+
+
+def test_ratio_one_and_one_chunk_at_ratio_zero_equal_full_prefill(model):
+    cfg, params, how = model
+    prefix, *chunks, question = random_prompt(cfg, (21, 200, 133, 64, 300, 30))
+    ids = np.concatenate([prefix, *chunks, question])
+    expected, _ = full(params, cfg, ids, how)
+    limit = 2 * noise(params, cfg, ids, expected) + 1e-3
+    everything = np.arange(len(prefix), len(ids))
+    cache = assembled(params, cfg, prefix, chunks, 1024)
+    assert max_diff(rows(params, cfg, ids[everything], everything, cache, how), expected) <= limit
+    fresh = empty(cfg, 1024, jnp.bfloat16)
+    assert max_diff(rows(params, cfg, ids, np.arange(len(ids)), fresh, how), expected) <= limit
+    one = np.concatenate([prefix, chunks[0], question])
+    asked = np.arange(len(prefix) + len(chunks[0]), len(one))
+    reused = rows(params, cfg, one[asked], asked, assembled(params, cfg, prefix, chunks[:1], 1024), how)
+    assert max_diff(reused, full(params, cfg, one, how)[0]) <= limit
+    nothing = np.arange(len(ids) - len(question), len(ids))
+    stale = rows(params, cfg, ids[nothing], nothing, assembled(params, cfg, prefix, chunks, 1024), how)
+    assert max_diff(stale, expected) > limit
