@@ -14,9 +14,11 @@ from jaxtyping import Array, Float, Int
 from cacheclip_jax.host import Key
 from cacheclip_jax.model.config import ModelConfig
 
+BLOCK_LAYERS = 4
 
 class DeviceTier:
-    """One array of rows for each layer, written round and round: what lies under the pen is forgotten.
+    """Rows of every layer, in one array for each block of layers, written round and round: what lies under the pen is
+    forgotten.
 
     A request's missing parts are loaded as one block and kept where they are put; a part is found again by its key
     while no later block has overwritten it. For one request at a time: `rows` are donated to the program that adds to
@@ -50,15 +52,21 @@ class DeviceTier:
         """Note that a part lies at `size` rows from row `first` on."""
         self._parts.setdefault(key, (first, size))
 
-    def take(self, start: int, stop: int) -> tuple[jax.Array, ...]:
-        """The rows of layers `start` to `stop`, to be donated; zeros at first."""
+    def take(self, number: int) -> jax.Array:
+        """The rows [B, P, H] of a block of layers, to be donated; zeros at first."""
         if not self._rows:
-            self._rows = [jnp.zeros(self._shape, self._dtype, device=self._sharding) for _ in range(self._num_layers)]
-        return tuple(self._rows[start:stop])
+            self._rows = [jnp.zeros((BLOCK_LAYERS, *self._shape), self._dtype, device=self._sharding)
+                          for _ in self.blocks(self._num_layers)]
+        return self._rows[number]
 
-    def written(self, start: int, rows: Sequence[jax.Array]) -> None:
+    @staticmethod
+    def blocks(depth: int) -> list[range]:
+        """The first `depth` layers in the tier's blocks, the same for every request."""
+        return [range(first, min(first + BLOCK_LAYERS, depth)) for first in range(0, depth, BLOCK_LAYERS)]
+
+    def written(self, number: int, rows: jax.Array) -> None:
         """Give rows back after a program has added to them."""
-        self._rows[start : start + len(rows)] = rows
+        self._rows[number] = rows
 
     def clear(self) -> None:
         """Forget everything: after an error, when what was donated may be lost."""
@@ -66,7 +74,6 @@ class DeviceTier:
 
 
 @partial(jax.jit, donate_argnames="kept")
-def add_block(kept: tuple[Float[Array, "P H"], ...], new: tuple[Float[Array, "R H"], ...], at: Int[Array, ""]
-              ) -> tuple[Float[Array, "P H"], ...]:
-    """Write a block of rows into each layer's, in place."""
-    return tuple(jax.lax.dynamic_update_slice(k, n, (at, 0)) for k, n in zip(kept, new, strict=True))
+def add_block(kept: Float[Array, "B P H"], new: Float[Array, "B R H"], at: Int[Array, ""]) -> Float[Array, "B P H"]:
+    """Write rows into each layer's from row `at` on, in place."""
+    return jax.lax.dynamic_update_slice(kept, new, (0, at, 0))

@@ -1,4 +1,4 @@
-"""Feed: one model's assembled cache for one request, handed out layer by layer while it is still on its way."""
+"""Feed: one model's assembled cache for one request, handed out block by block while it is still on its way."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from cacheclip_jax.caches import Behind, ChunkCaches, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.device import add_block
 from cacheclip_jax.host import PAGE_ROWS, Key, platform_of
-from cacheclip_jax.loader import InMemory, LayerLoader, Part, Source
+from cacheclip_jax.loader import BlockLoader, InMemory, Part, Source
 from cacheclip_jax.store import Passage
 
-LAYERS_AHEAD = 8  # layers on the device before their turn: at least two of the largest span
+BLOCK_BYTES = 64 << 20  # of a block of layers: the first one is there after 2 ms, and few are handed over
+BLOCKS_AHEAD = 2  # blocks on the device before their turn
 
 
 class Feed:
@@ -36,7 +37,6 @@ class Feed:
         A chunk that isn't `wanted` (all its tokens are recomputed anyway) is left out. `accounting` hears of hits,
         misses and repairs. The copies of the feed `after` go first.
         """
-        self.depth = depth
         cfg, prefix, self._host = caches.model.config, caches.prefix_kv(), caches.host
         tokens, per_token = [prefix.shape[3], *lengths], 2 * cfg.num_kv_heads
         wanted = [True] * len(passages) if wanted is None else wanted
@@ -44,7 +44,7 @@ class Feed:
         self._keys = [(f"{caches.space(behind).key}/{depth}", part) for part in
                       ("prefix", *(caches.key(behind, p)[1] for p in passages))]
         self._tier, self._at = caches.tier, 0
-        self._loader: LayerLoader | None = None
+        self._loader: BlockLoader | None = None
         self._held: list[Key] = []
         missing, rows = self._missing([True, *wanted], per_token)
         accounting.hits += sum(w and not m for w, m in zip(wanted, missing[1:], strict=True))
@@ -54,10 +54,15 @@ class Feed:
         self._held += [caches.key(behind, p) for p, source in zip(passages, found.sources, strict=True)
                        if isinstance(source, np.ndarray)]
         pages, parts, indices, offsets = self._layout(sources, missing, cfg.head_dim * caches.dtype.itemsize)
+        layer_bytes = sum(self._sizes) * cfg.head_dim * caches.dtype.itemsize
+        on_cpu = platform_of(caches.staging.sharding) == "cpu"
+        self.blocks = layer_blocks(depth, 1 << 62 if on_cpu else BLOCK_BYTES, layer_bytes)
+        if self._tier is not None:
+            self.blocks = self._tier.blocks(depth)
         if any(missing):
-            self._loader = LayerLoader(
-                pool, caches.staging, self._host, pages, parts, depth, (rows, cfg.head_dim), caches.dtype,
-                ahead=depth if platform_of(caches.staging.sharding) == "cpu" else LAYERS_AHEAD,
+            shape = (len(self.blocks[0]), rows, cfg.head_dim)
+            self._loader = BlockLoader(
+                pool, caches.staging, self._host, pages, parts, self.blocks, shape, caches.dtype, BLOCKS_AHEAD,
                 # Part 0 of all is the prefix, which is never damaged: it isn't stored.
                 repair=lambda i, e: caches.repair(passages, behind, accounting, indices[i] - 1, e),
                 after=after.sent_all if after else None)
@@ -125,23 +130,23 @@ class Feed:
         """Set when the last copy is under way; None where nothing is loaded."""
         return self._loader.sent_all if self._loader else None
 
-    def take(self, start: int, stop: int) -> tuple[jax.Array, ...]:
-        """The rows [R, H] of layers `start` to `stop`, each once, in order. Raises what went wrong in loading."""
+    def take(self, number: int) -> jax.Array:
+        """The rows [B, R, H] of the layers `blocks[number]`, each once, in order. Raises what went wrong in loading."""
         if self._tier is None:
             assert self._loader is not None
-            return self._loader.take(start, stop)
+            return self._loader.take(number)
         if self._loader is not None:
-            new = self._loader.take(start, stop)
-            self._tier.written(start, add_block(self._tier.take(start, stop), new, self._at))
-            if stop == self.depth:
+            new = self._loader.take(number)
+            self._tier.written(number, add_block(self._tier.take(number), new, np.int32(self._at)))
+            if number == len(self.blocks) - 1:
                 for key, first, size in self._new:
                     self._tier.keep(key, first, size)
-        return self._tier.take(start, stop)
+        return self._tier.take(number)
 
-    def computed(self, marks: Sequence[jax.Array]) -> None:
-        """Tell that the next layers were dispatched; `marks` has for each an array that is ready when it's done."""
+    def computed(self, mark: jax.Array) -> None:
+        """Tell that the next block was dispatched; `mark` is ready when it's done, and no later program is given it."""
         if self._loader is not None:
-            self._loader.computed(marks)
+            self._loader.computed(mark)
 
     def stop(self) -> None:
         """Let the loading threads end, also when not every layer was taken."""
@@ -150,3 +155,10 @@ class Feed:
         if self._host is not None:
             self._host.release(self._held)
             self._held = []
+
+
+def layer_blocks(depth: int, block_bytes: int, layer_bytes: int) -> list[range]:
+    """Layers in blocks of about `block_bytes`, of two layers at least and about equally many."""
+    count = max(1, min(depth // 2, -(-depth * layer_bytes // block_bytes)))
+    size = -(-depth // count)
+    return [range(first, min(first + size, depth)) for first in range(0, depth, size)]

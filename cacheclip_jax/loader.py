@@ -1,4 +1,4 @@
-"""Chunk caches to the device, layer by layer, ahead of the computation that reads them."""
+"""Chunk caches to the device, a block of layers at a time, ahead of the computation that reads them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.host import Buffer, HostTier, Staging
 
 WORKERS = min(8, os.cpu_count() or 1)
-BATCH = 4  # layers that threads fill before they meet: each meeting is a turn of Python's lock for every one of them
 
 
 class Source(Protocol):
@@ -53,65 +52,58 @@ class Part(NamedTuple):
     source: Source | None
 
 
-class LayerLoader:
-    """Loads the parts of an assembled cache, one layer after another, each a single copy to the device.
+class BlockLoader:
+    """Loads the parts of an assembled cache, a block of layers after another, each a single copy to the device.
 
-    Worker threads gather a layer's parts into one host buffer, a coordinator sends it; both run ahead of the caller,
-    who takes layers with `take` and says with `computed` how far the device has come.
+    Worker threads gather a block's parts into one host buffer, a coordinator sends it; both run ahead of the caller,
+    who takes blocks with `take` and says with `computed` how far the device has come. Threads hand over once a block
+    and not once a layer, because each waits for its turn of Python's lock then.
 
-    Buffers begin with `pages` of the host tier, the `parts` lie behind them. `ahead` layers at most lie on the device
-    before their turn, which bounds what loading adds to its memory. `repair(index, error)` gives a source instead of
-    one that turned out damaged. No copy is started before `after` is set.
+    A layer's rows begin with `pages` of the host tier, the `parts` lie behind them. `ahead` blocks at most lie on the
+    device before their turn, which bounds what loading adds to its memory. `repair(index, error)` gives a source
+    instead of one that turned out damaged. No copy is started before `after` is set.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, staging: Staging, tier: HostTier | None, pages: np.ndarray,
-                 parts: Sequence[Part], num_layers: int, shape: tuple[int, int], dtype: Any, ahead: int,
+                 parts: Sequence[Part], blocks: Sequence[range], shape: tuple[int, int, int], dtype: Any, ahead: int,
                  repair: Callable[[int, ChunkCorrupt], Source], after: Event | None = None):
-        self.num_layers = num_layers
         self.sent_all = Event()
-        self._tier, self._parts = tier, list(parts)
+        self._tier, self._parts, self._blocks = tier, list(parts), blocks
         self._repair, self._staging, self._shape, self._dtype, self._ahead = repair, staging, shape, dtype, ahead
-        self._buffers: dict[int, Buffer] = {}
-        self._layers: list[jax.Array | None] = [None] * num_layers
-        self._error: BaseException | None = None
-        self._lock = Lock()
-        self._batches = [range(n, min(n + BATCH, num_layers)) for n in range(0, num_layers, BATCH)]
         runs = [run for run in np.array_split(pages, 2) if len(run)]  # two calls a layer keep eight threads busy
         sizes = [len(run) * tier.page_bytes for run in runs] if tier else []
         self._runs = [(sum(sizes[:i]), run) for i, run in enumerate(runs)]
         sizes += [part.end - part.start for part in parts]
-        shares = [share for share in _shares(np.tile(np.array(sizes, np.int64), BATCH), WORKERS) if share]
+        shares = [share for share in _shares(np.tile(np.array(sizes, np.int64), shape[0]), WORKERS) if share]
+        self._buffers: dict[int, Buffer] = {}
+        self._rows: list[jax.Array | None] = [None] * len(blocks)
+        self._error: BaseException | None = None
+        self._lock = Lock()
         # Everyone waits for an event of their own: threads that wake each other up for nothing queue for Python's lock.
-        self._empty, self._full = ([Event() for _ in self._batches] for _ in range(2))
-        self._filling = [len(shares)] * len(self._batches)
-        self._sent = [Event() for _ in range(num_layers)]
-        self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each layer computed one that is ready then
+        self._empty, self._full, self._sent = ([Event() for _ in blocks] for _ in range(3))
+        self._filling = [len(shares)] * len(blocks)
+        self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each block computed one that is ready then
         pool.submit(self._guard, self._coordinate, after)
         for share in shares:
             pool.submit(self._guard, self._fill, share)
 
-    def take(self, start: int, stop: int) -> tuple[jax.Array, ...]:
-        """The rows [R, H] of layers `start` to `stop`, as soon as their copies are under way. Each can be taken once.
+    def take(self, number: int) -> jax.Array:
+        """The rows [B, R, H] of a block, as soon as its copy is under way. Each can be taken once.
 
         Raises what a worker raised, but for damaged chunks, which are repaired.
         """
-        taken = []
-        for layer in range(start, stop):
-            self._sent[layer].wait()
-            rows, self._layers[layer] = self._layers[layer], None
-            if rows is None:
-                raise self._error or RuntimeError(f"layer {layer} was taken already")
-            taken.append(rows)
-        return tuple(taken)
+        self._sent[number].wait()
+        rows, self._rows[number] = self._rows[number], None
+        if rows is None:
+            raise self._error or RuntimeError(f"block {number} was taken already")
+        return rows
 
-    def computed(self, marks: Sequence[jax.Array]) -> None:
-        """Tell that the next layers were dispatched; `marks` has for each an array that is ready when it's done, and
-        that no later program is given as its own."""
-        for mark in marks:
-            self._marks.put(mark)
+    def computed(self, mark: jax.Array) -> None:
+        """Tell that the next block was dispatched; `mark` is ready when it's done, and no later program is given it."""
+        self._marks.put(mark)
 
     def stop(self) -> None:
-        """Let the threads end, also when not every layer was taken."""
+        """Let the threads end, also when not every block was taken."""
         self._fail(RuntimeError("loading was stopped"))
 
     def _fail(self, error: BaseException) -> None:
@@ -127,55 +119,54 @@ class LayerLoader:
             self._fail(e)
 
     def _coordinate(self, after: Event | None) -> None:
-        with self._staging.ring(self._shape, self._dtype, 3 * BATCH) as ring:
+        with self._staging.ring(self._shape, self._dtype) as ring:
             prepared = 0
-            for number, batch in enumerate(self._batches):
-                # Of three batches of buffers one is being filled and one being sent when the third is asked for again.
-                while prepared < min(len(self._batches), number + 2):
-                    self._buffers |= {layer: ring(layer) for layer in self._batches[prepared]}
+            for number in range(len(self._blocks)):
+                # Of three buffers one is being filled and one being sent when the third is asked for again.
+                while prepared < min(len(self._blocks), number + 2):
+                    self._buffers[prepared] = ring(prepared)
                     self._empty[prepared].set()
                     prepared += 1
                 self._full[number].wait()
                 if after is not None:
                     after.wait()
                     after = None
-                for layer in batch:
-                    # Not after an error: a worker may still write to this ring, which isn't used again then.
-                    if self._error or (layer >= self._ahead and not self._turn_has_come()):
-                        raise self._error or RuntimeError("loading was stopped")
-                    self._layers[layer] = self._buffers.pop(layer).send()
-                    self._sent[layer].set()
+                # Not after an error: a worker may still write to this ring, which isn't used again then.
+                if self._error or (number >= self._ahead and not self._turn_has_come()):
+                    raise self._error or RuntimeError("loading was stopped")
+                self._rows[number] = self._buffers.pop(number).send()
+                self._sent[number].set()
             self.sent_all.set()
 
     def _turn_has_come(self) -> bool:
-        """Wait until the device has come a layer further."""
+        """Wait until the device has come a block further."""
         if (mark := self._marks.get()) is None:
             return False
         mark.block_until_ready()
         return True
 
     def _fill(self, share: Sequence[int]) -> None:
-        for number, batch in enumerate(self._batches):
+        for number, layers in enumerate(self._blocks):
             self._empty[number].wait()
             if self._error:
                 return
-            targets = [self._buffers[layer] for layer in batch]
+            buffer = self._buffers[number]
             for task in share:
                 nth, index = divmod(task, len(self._runs) + len(self._parts))
-                if nth >= len(batch):
+                if nth >= len(layers):
                     continue
+                layer = buffer.layer(nth)
                 if index >= len(self._runs):
-                    self._read(index - len(self._runs), batch[nth], targets[nth].bytes)
+                    self._read(index - len(self._runs), layers[nth], layer)
                 elif self._tier:
                     start, pages = self._runs[index]
-                    end = start + len(pages) * self._tier.page_bytes
-                    self._tier.gather(batch[nth], pages, targets[nth].bytes[start:end])
+                    self._tier.gather(layers[nth], pages, layer[start : start + len(pages) * self._tier.page_bytes])
             with self._lock:
                 self._filling[number] -= 1
                 last = not self._filling[number]
             if last:
                 self._full[number].set()
-        if last:  # of all workers, at the last batch
+        if last:  # of all workers, at the last block
             for part in self._parts:
                 if part.source is not None:
                     part.source.done()

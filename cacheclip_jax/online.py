@@ -1,11 +1,9 @@
 """The online path's loops over layers: score the question, repair the cache, or prefill in full.
 
-Programs are dispatched span by span and the device runs behind; nothing here waits for it but for caches still to come.
+Programs are dispatched a few layers each and the device runs behind: nothing here waits but for caches still to come.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -22,9 +20,8 @@ from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import choose_rows, embed_rows, fresh_span, last_logits, reuse_span
 from cacheclip_jax.score import Scoring, score, score_span
 
-SPAN = 2  # layers of a program on an accelerator: the first one starts when two layers' caches are there
+SPAN = 4  # layers of a full prefill's programs on an accelerator: few dispatches, short compilations
 ROW_STEPS = 32  # sizes per doubling of the number of rows: padding costs at most 3% of the compute
-SCORED_SPAN = 6  # the same for scoring, whose few rows take less time than the dispatch of a program
 
 
 def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots: int, feed: Feed | None) -> jax.Array:
@@ -38,10 +35,10 @@ def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots
         return score(model.params, cfg, scoring, ids, positions, last, cache, how)
     ids, positions, last, total = jax.device_put((ids, positions, last, np.zeros(slots, np.float32)), on)
     x = embed_rows(model.params, ids)
-    for start, stop in _spans(model, feed.depth, SCORED_SPAN):
-        x, total = score_span(x, model.params.layers[start:stop], cfg, scoring, start, positions, last,
-                              feed.take(start, stop), feed.where, total, how)
-        feed.computed([total] * (stop - start))
+    for number, block in enumerate(feed.blocks):
+        x, total = score_span(x, model.params.layers[block.start : block.stop], cfg, scoring, block.start, positions,
+                              last, feed.take(number), feed.where, total, how)
+        feed.computed(total)
     return total / len(scoring.layer_indices(cfg.num_layers))
 
 
@@ -61,13 +58,13 @@ def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Fe
                                      np.int32(prompt.question_start), np.int32(len(prompt.ids)), count)
     clock.watch("select", positions, "score")
     done: list = []
-    for start, stop in _spans(model, cfg.num_layers, SPAN):
-        rows = feed.take(start, stop)
-        x, layers = reuse_span(x, model.params.layers[start:stop], cfg, positions, rows, feed.where,
+    for number, block in enumerate(feed.blocks):
+        rows = feed.take(number)
+        x, layers = reuse_span(x, model.params.layers[block.start : block.stop], cfg, positions, rows, feed.where,
                                model.attention.name)
-        feed.computed([k for k, _ in layers])
+        feed.computed(layers[-1][0])
         done += layers
-    clock.watch("load", rows[-1])
+    clock.watch("load", rows)
     return last_logits(model.params, cfg, x, last), KVCache(*zip(*done, strict=True))
 
 
@@ -77,8 +74,10 @@ def full_prefill(model: Model, ids: np.ndarray, slots: int) -> tuple[jax.Array, 
     rows, positions = padded(ids, np.arange(len(ids)), steps=ROW_STEPS)
     rows, positions = jax.device_put((rows, positions), model.params.final_norm.sharding)
     x, done = embed_rows(model.params, rows), []
-    for start, stop in _spans(model, cfg.num_layers, SPAN):
-        x, layers = fresh_span(x, model.params.layers[start:stop], cfg, positions, slots, model.attention.name)
+    size = cfg.num_layers if platform_of(model.params.embed.sharding) == "cpu" else SPAN
+    for start in range(0, cfg.num_layers, size):
+        x, layers = fresh_span(x, model.params.layers[start : start + size], cfg, positions, slots,
+                               model.attention.name)
         done += layers
     return last_logits(model.params, cfg, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))
 
@@ -89,11 +88,3 @@ def padded(ids, positions: np.ndarray, minimum: int = 32, steps: int = 8) -> tup
     out_ids, out_positions = np.zeros(size, np.int32), np.full(size, -1, np.int32)
     out_ids[: len(ids)], out_positions[: len(ids)] = ids, positions
     return out_ids, out_positions
-
-
-def _spans(model: Model, depth: int, size: int) -> Iterator[tuple[int, int]]:
-    """Spans of layers, first and end: on a CPU, where loading can't overlap with computing, one of all."""
-    if platform_of(model.params.embed.sharding) == "cpu":
-        size = depth
-    for start in range(0, depth, size):
-        yield start, min(start + size, depth)

@@ -40,13 +40,13 @@ def choose_rows(params: Params, ids: Int[Array, "S"], recompute: Bool[Array, "C"
 
 @partial(jax.jit, static_argnames=("cfg", "how"), donate_argnames="x")
 def reuse_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, positions: Int[Array, "T"],
-               rows: tuple[Float[Array, "R H"], ...], where: Placement, how: str = "blocked"
+               rows: Float[Array, "B R H"], where: Placement, how: str = "blocked"
                ) -> tuple[Rows, tuple[LayerCache, ...]]:
-    """A span of layers over chunk caches just loaded: place them with the rows' K and V over stale ones, attend,
-    finish."""
+    """A span of up to B layers over chunk caches just loaded: place them with the rows' K and V over stale ones,
+    attend, finish."""
     own, out = row_of_slot(positions, where.first.shape[0]), []
-    for layer, loaded in zip(layers, rows, strict=True):
-        q, kv = rows_over_loaded(x, layer, cfg, positions, loaded, where, own)
+    for nth, layer in enumerate(layers):
+        q, kv = rows_over_loaded(x, layer, cfg, positions, rows[nth], where, own)
         with jax.named_scope("attention"):
             attended = row_attention(q, *kv, positions, for_rows(how, len(q)))
         x = decoder.finish(x, attended, layer, cfg)

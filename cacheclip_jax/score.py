@@ -76,14 +76,15 @@ SCORINGS = {
 
 @partial(jax.jit, static_argnames=("cfg", "scoring", "start", "how"), donate_argnames="x")
 def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring, start: int,
-               positions: Int[Array, "T"], last: Int[Array, ""], rows: tuple[Float[Array, "R H"], ...],
+               positions: Int[Array, "T"], last: Int[Array, ""], rows: Float[Array, "B R H"],
                where: Placement, total: Float[Array, "S"], how: str = "blocked"
                ) -> tuple[Float[Array, "T D"], Float[Array, "S"]]:
     """The part of `score` that layers `start`, `start` + 1, ... do, over chunk caches just loaded; adds to `total`,
     which is divided by the number of scored layers in the end."""
     own = row_of_slot(positions, where.first.shape[0])
-    for index, (layer, loaded) in enumerate(zip(layers, rows, strict=True), start):
-        q, kv = rows_over_loaded(x, layer, cfg, positions, loaded, where, own)
+    for nth, layer in enumerate(layers):
+        index = start + nth
+        q, kv = rows_over_loaded(x, layer, cfg, positions, rows[nth], where, own)
         attended, seen = _attend(q, kv, positions, last, scoring, index in scoring.layer_indices(cfg.num_layers), how)
         x, total = decoder.finish(x, attended, layer, cfg), total + seen
     return x, total

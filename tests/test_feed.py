@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, ChunkStore, Passage, feed, host, loader, online
+from cacheclip_jax import CacheClip, ChunkStore, Passage, device, feed, host, online
 from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.errors import StoreError
 from cacheclip_jax.host import PAGE_ROWS, HostTier
@@ -33,7 +33,8 @@ def way(request, monkeypatch):
     if request.param == "gpu":
         for module in (host, feed, online):
             monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
-        monkeypatch.setattr(loader, "BATCH", 1)
+        monkeypatch.setattr(feed, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(device, "BLOCK_LAYERS", 1)
         monkeypatch.setattr(online, "SPAN", 1)
     return request.param
 

@@ -156,6 +156,16 @@ class PendingKV:
         assert self._out is not None
         return self._out[layer]
 
+    def read_whole(self) -> Float[np.ndarray, "L 2 K C H"]:
+        """Reads and checks every layer in the calling thread, with one read; raises as `layer` does."""
+        self._out = np.empty(self._space.shape(len(self._ids)), self._space.numpy_dtype)
+        with self._judged():
+            self._load(0, self._out)
+        assert self._source is not None
+        self._source.release()
+        self._finished(self._space.num_layers)
+        return self._out
+
     def result(self) -> Float[np.ndarray, "L 2 K C H"]:
         """Waits for all layers; raises as `layer` does."""
         if not self._layers or any(task.exception() is not None for task in self._layers):
