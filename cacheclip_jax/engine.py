@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -173,12 +175,16 @@ class CacheClip:
             for caches in self._models():
                 missing = caches.missing(passages)
                 found += len({caches.encoded(p).ids for p in passages}) - len(missing)
-                writes = []
-                for passage, kv in caches.encode(missing, "shared"):
-                    writes.append(caches.write(passage, "shared", kv))
-                    encoded, tokens, size = encoded + 1, tokens + kv.shape[3], size + kv.nbytes
-                    tell("tokens", kv.shape[3])
-                    tell("bytes", kv.nbytes)
+                groups, writes = list(itertools.batched(missing, 32)), []
+                random.shuffle(groups)  # who indexes the same documents beside us is elsewhere, and we find their work
+                for number, group in enumerate(groups):
+                    still_missing = caches.missing(group) if number else group
+                    found += len(group) - len(still_missing)
+                    for passage, kv in caches.encode(still_missing, "shared"):
+                        writes.append(caches.write(passage, "shared", kv))
+                        encoded, tokens, size = encoded + 1, tokens + kv.shape[3], size + kv.nbytes
+                        tell("tokens", kv.shape[3])
+                        tell("bytes", kv.nbytes)
                 for write in writes:
                     write.result()
             names = {p.document for p in passages} - replaced if replace else set()
@@ -202,7 +208,7 @@ class CacheClip:
                 document = Document(item) if isinstance(item, str) else item
                 passages += split(document, self.primary.model.tokenizer, chunk_tokens, overlap)
             count += 1
-            if len(passages) >= 64:
+            if len(passages) >= 128:
                 yield passages, count
                 passages, count = [], 0
         if count:
