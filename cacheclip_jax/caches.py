@@ -135,7 +135,13 @@ class ChunkCaches:
             else:
                 unread.append(i)
         wanted_ids = [(self.encoded(passages[i]).ids, passages[i].id) for i in unread]
-        pending = self.store.read_all(space, wanted_ids, eager=False) if unread else []
+        try:
+            pending = self.store.read_all(space, wanted_ids, eager=False) if unread else []
+        except StoreError:
+            if self.host:
+                self.host.release(self.key(behind, p) for p, pages in zip(passages, out.sources, strict=True)
+                                  if pages is not None)
+            raise
         missing = []
         for i, read in zip(unread, pending, strict=True):
             if read is None:

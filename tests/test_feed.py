@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from unittest import mock
+
 import numpy as np
 import pytest
 
@@ -75,6 +78,23 @@ def test_what_lies_on_the_device_is_read_from_nowhere_else(models, store, monkey
     assert max_diff(prefilled(clip, TEXTS).logits, first.logits) == 0
     with pytest.raises(StoreError, match="nothing may be read"):
         prefilled(clip, [*TEXTS, "the dog sat on another mat"])
+
+
+def test_a_request_that_fails_lets_go_of_what_it_held_in_host_memory(models, store, monkeypatch):
+    clip = CacheClip(*models, store)
+    prefilled(clip, TEXTS)
+    tier = clip.primary.host
+    for _ in range(500):  # what was read is kept after the answer, by a thread of its own
+        if len(tier) == len(TEXTS) + 1:
+            break
+        time.sleep(0.01)
+    assert len(tier) == len(TEXTS) + 1 and not tier._held
+    with monkeypatch.context() as patch:
+        patch.setattr(clip.store, "read_all", mock.Mock(side_effect=StoreError("broken")))
+        with pytest.raises(StoreError, match="broken"):
+            clip.prefill(QUESTION, [*TEXTS, "another text"])
+        prefilled(clip, TEXTS)  # from host memory alone
+    assert not tier._held
 
 
 def gathered(tier: HostTier, key, layers: int) -> np.ndarray | None:
