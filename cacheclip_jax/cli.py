@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cacheclip_jax.cli_info import info
 from cacheclip_jax.cli_options import (
     AUX,
     PRIMARY,
@@ -46,6 +47,7 @@ from cacheclip_jax.version import __version__
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="KV-cache reuse for RAG: encode passages once, answer by recomputing the tokens that matter.")
 app.add_typer(store_app, name="store")
+app.command()(info)
 
 VERIFY_QUESTION = "When will the master of the tug Hector retire?"  # of the demo's handbook
 
@@ -303,50 +305,6 @@ def demo(store: Annotated[str, typer.Option(help="Where the demo keeps its chunk
     rows = run_demo(primary, aux, store, page, ratio, say=(err if as_json else out).print)
     if as_json:
         print_json(rows)
-
-
-# -------------------------------------------------------------------- info
-
-@app.command()
-def info(primary: PrimaryOption = "", aux: AuxOption = "none", dtype: DtypeOption = "bfloat16",
-         as_json: JsonOption = False) -> None:
-    """What runs where, and why: versions, devices, attention, caches; of models only the configs are read."""
-    from cacheclip_jax.info import gather
-    named = {"primary": primary, "aux": aux}
-    found = gather({role: source for role, source in named.items() if source not in ("", "none")}, dtype)
-    if as_json:
-        print_json(found)
-        return
-    out.print(", ".join(f"{name} {number}" for name, number in found["versions"].items()), highlight=False)
-    for each in found["devices"]:
-        more = f", compute capability {each['compute_capability']}" if each["compute_capability"] else ""
-        more += f", {each['memory_limit'] / 1e9:,.1f} GB each" if each["memory_limit"] else ""
-        out.print(f"{each['count']} x {escape(each['kind'])} ({each['platform']}){more}", highlight=False)
-    table = Table("dtype", "head dim", "row attention", "few rows", "why")
-    for each in found["attention"]:
-        table.add_row(each["dtype"], str(each["head_dim"]), each["rows"], each["few_rows"], each["reason"])
-    out.print(table)
-    pinned = "through" if found["copies"]["pinned"] else "not through"
-    for line in (f"copies to the device: {pinned} pinned buffers. {found['copies']['reason']}",
-                 f"compiled programs: {found['compiled_programs']}", f"pulled models: {found['models_directory']}"):
-        out.print(escape(line), highlight=False, soft_wrap=True)
-    for role, each in found["models"].items():
-        out.print(_described(role, each))
-
-
-def _described(role: str, model: dict[str, Any]) -> Table:
-    attention = model["attention"]
-    table = Table(show_header=False, title=escape(f"{role}: {model['source']}"))
-    for name, value in (
-            ("shape", f"{model['family']}, {model['num_layers']} layers, width {model['d_model']}, "
-                      f"mlp {model['d_mlp']}, {model['num_heads']} query heads over {model['num_kv_heads']} kv heads "
-                      f"of {model['head_dim']}, vocabulary {model['vocab_size']:,}, "
-                      f"{model['max_positions']:,} positions"),
-            ("parameters", f"{model['parameters']:,} ({model['weight_bytes'] / 1e9:,.2f} GB in {model['dtype']})"),
-            ("cached token", f"{model['bytes_per_token']:,} bytes in {model['dtype']}"),
-            ("row attention", f"{attention['rows']}, few rows {attention['few_rows']}: {attention['reason']}")):
-        table.add_row(name, value)
-    return table
 
 
 # -------------------------------------------------------------------- shared

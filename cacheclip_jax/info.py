@@ -45,6 +45,7 @@ def gather(models: Mapping[str, str] | None = None, dtype: str = "bfloat16") -> 
         "devices": _devices(jax.local_devices()),
         "attention": [{"dtype": each, "head_dim": head_dim, **_attention(device, head_dim, each)}
                       for each in DTYPES for head_dim in HEAD_DIMS],
+        "few_rows": FEW_ROWS,
         "copies": _copies(device),
         "compiled_programs": compilation_cache(),
         "models_directory": str(models_directory()),
