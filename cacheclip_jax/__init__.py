@@ -9,15 +9,16 @@ if TYPE_CHECKING:
     from cacheclip_jax.answer import Result, Times
     from cacheclip_jax.decode import Sampling
     from cacheclip_jax.documents import Document
-    from cacheclip_jax.engine import CacheClip, IndexReport
+    from cacheclip_jax.engine import CacheClip
     from cacheclip_jax.errors import CacheClipError
+    from cacheclip_jax.index import IndexReport
     from cacheclip_jax.prompt import PromptFormat
     from cacheclip_jax.score import Scoring
     from cacheclip_jax.select import Budget, Groups, Windows
     from cacheclip_jax.store import ChunkStore, Passage
 
 _HOMES = {"Result": "answer", "Times": "answer", "Sampling": "decode", "Document": "documents", "CacheClip": "engine",
-          "IndexReport": "engine", "CacheClipError": "errors", "PromptFormat": "prompt", "Scoring": "score",
+          "IndexReport": "index", "CacheClipError": "errors", "PromptFormat": "prompt", "Scoring": "score",
           "Budget": "select", "Groups": "select", "Windows": "select", "ChunkStore": "store", "Passage": "store"}
 
 __all__ = ["Budget", "CacheClip", "CacheClipError", "ChunkStore", "Document", "Groups", "IndexReport", "Passage",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +23,11 @@ from cacheclip_jax.caches import ChunkCaches, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.decode import Sampling, TextStream
 from cacheclip_jax.device import DeviceTier
-from cacheclip_jax.documents import Document, split
+from cacheclip_jax.documents import Document
 from cacheclip_jax.errors import BadInput, ContextTooLong
 from cacheclip_jax.feed import Feed
 from cacheclip_jax.host import HostTier
+from cacheclip_jax.index import IndexReport, index_documents
 from cacheclip_jax.methods import Method, Plan, Request, make, takes_budget
 from cacheclip_jax.methods.method import Scores
 from cacheclip_jax.model.load import Model, load_model
@@ -42,19 +43,6 @@ from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
 
 HOST_BYTES = 4 << 30
 Chunk = str | Passage
-
-
-@dataclass(frozen=True)
-class IndexReport:
-    """What `index` did: passages seen, chunk caches made and found, tokens encoded (both models), bytes, seconds."""
-
-    documents: int
-    passages: tuple[str, ...]
-    encoded: int
-    found: int
-    tokens: int
-    bytes: int
-    seconds: float
 
 
 @dataclass
@@ -162,51 +150,9 @@ class CacheClip:
 
         Raises BadInput when there is nothing to index.
         """
-        tell = progress or (lambda kind, n: None)
-        started, documents, encoded, found, tokens, size = time.perf_counter(), 0, 0, 0, 0, 0
-        ids: list[str] = []
-        replaced: set[str] = set()
-        for passages, count in self._windows(items, chunk_tokens, overlap):
-            documents += count
-            ids += [p.id for p in passages]
-            self.store.add_passages(passages)
-            for caches in self._models():
-                missing = caches.missing(passages)
-                found += len({caches.encoded(p).ids for p in passages}) - len(missing)
-                writes = []
-                for passage, kv in caches.encode(missing, "shared"):
-                    writes.append(caches.write(passage, "shared", kv))
-                    encoded, tokens, size = encoded + 1, tokens + kv.shape[3], size + kv.nbytes
-                    tell("tokens", kv.shape[3])
-                    tell("bytes", kv.nbytes)
-                for write in writes:
-                    write.result()
-            names = {p.document for p in passages} - replaced if replace else set()
-            self.store.publish(passages, replace=names)
-            replaced |= names
-            tell("documents", count)
-        if not ids:
-            raise BadInput("there is nothing to index: every document is empty")
+        report = index_documents(self.store, self._models(), items, chunk_tokens, overlap, replace, progress)
         self._retriever = None
-        return IndexReport(documents, tuple(ids), encoded, found, tokens, size, time.perf_counter() - started)
-
-    def _windows(self, items: Iterable[str | Document | Passage], chunk_tokens: int, overlap: int
-                 ) -> Iterator[tuple[list[Passage], int]]:
-        """Passages of a few documents at a time: bounds memory, and each window is committed before the next."""
-        passages: list[Passage] = []
-        count = 0
-        for item in items:
-            if isinstance(item, Passage):
-                passages.append(item)
-            else:
-                document = Document(item) if isinstance(item, str) else item
-                passages += split(document, self.primary.model.tokenizer, chunk_tokens, overlap)
-            count += 1
-            if len(passages) >= 64:
-                yield passages, count
-                passages, count = [], 0
-        if count:
-            yield passages, count
+        return report
 
     def _models(self) -> list[ChunkCaches]:
         one = self.aux is None or self.aux.model is self.primary.model

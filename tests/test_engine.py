@@ -89,13 +89,13 @@ def test_index_finds_what_is_there_and_an_interrupted_one_resumes(fresh):
         if kind == "documents":
             raise KeyboardInterrupt
 
-    passages = [Passage.make(f"{TEXTS[0]} Number {i}.") for i in range(68)]  # windows of 64
+    passages = [Passage.make(f"{TEXTS[0]} Number {i}.") for i in range(132)]  # windows of 128
     with pytest.raises(KeyboardInterrupt):
         fresh.index(passages, progress=stop)
     report = fresh.index(passages)
-    assert (report.encoded, report.found) == (2 * 4, 2 * 64)
+    assert (report.encoded, report.found) == (2 * 4, 2 * 128)
     report = fresh.index(passages)
-    assert (report.encoded, report.found, report.tokens) == (0, 2 * 68, 0)
+    assert (report.encoded, report.found, report.tokens) == (0, 2 * 132, 0)
 
 
 @pytest.mark.parametrize("place", [-1, 500], ids=["data", "head"])
@@ -150,6 +150,21 @@ def test_a_model_that_scores_for_itself_shares_its_caches(models):
     assert report.encoded == 4 and alone.store.stats().chunks == 4
     result = ask(alone)
     assert (result.hits, result.misses) == (8, 0) and result.recomputed_tokens
+
+
+def test_what_another_process_indexes_meanwhile_is_not_encoded_again(models, tmp_path):
+    one, other = (engine(models, ChunkStore.open(tmp_path / "store")) for _ in range(2))
+    passages = [Passage.make(f"{text} Page {n}.") for n in range(12) for text in TEXTS]
+    reports = []
+
+    def meanwhile(kind, _):
+        if kind == "tokens" and not reports:
+            reports.append(other.index(passages))
+
+    report = one.index(passages, progress=meanwhile)
+    assert reports[0].encoded > len(passages)
+    assert report.encoded <= 32 and report.encoded + report.found == 2 * len(passages)
+    assert not one.primary.missing(passages) and not one.aux.missing(passages)
 
 
 # -------------------------------------------------------------------- compiles
