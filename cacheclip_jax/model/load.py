@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,6 +89,12 @@ def load_model(source: str | Path, *, dtype: Any, mesh: Mesh | None = None,
     return Model(name, config, params, words, fingerprint)
 
 
+def load_config(source: str | Path) -> ModelConfig:
+    """A model's config without its weights, which aren't fetched from the hub either. Raises as `load_model`."""
+    path = _locate(source, pull.hub_config)
+    return read_config(path) if path.is_dir() else gguf.gguf_config(path)
+
+
 def load_params(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, str]:
     """A directory's or .gguf file's config, weights and fingerprint, without a tokenizer. Raises as `load_model`."""
     if path.is_dir():
@@ -100,13 +106,13 @@ def load_params(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[Model
     return config, _read_params(used, config, dtype, mesh), _fingerprint(used, config)
 
 
-def _locate(source: str | Path) -> Path:
+def _locate(source: str | Path, fetch: Callable[[str], Path] = pull.hub_snapshot) -> Path:
     path = Path(source).expanduser()
     if path.is_dir() or path.suffix == ".gguf":
         return path
     if path.exists():
         raise BadModelFile(f"{path} isn't a model: give a directory with safetensors, or a .gguf file")
-    return pull.stored(str(source)) or pull.hub_snapshot(str(source))
+    return pull.stored(str(source)) or fetch(str(source))
 
 
 def _tokenizer(path: Path) -> Tokenizer:

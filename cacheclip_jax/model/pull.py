@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import json
@@ -239,10 +238,19 @@ def _hub_download(repo_id: str, directory: Path, timeout: float) -> None:
 
 def hub_snapshot(repo_id: str) -> Path:
     """A hub model in the client's own cache, downloaded if need be. Raises BadModelFile when that fails."""
+    return _from_hub(repo_id, _snapshot)
+
+
+def hub_config(repo_id: str) -> Path:
+    """The directory of a hub model of which only config.json need be there. Raises as `hub_snapshot`."""
+    return _from_hub(repo_id, _config_snapshot)
+
+
+def _from_hub(repo_id: str, fetch: Callable[..., Path]) -> Path:
     if repo_id in MODELS:
         raise BadModelFile(f"{repo_id} isn't here yet: run `cacheclip pull {repo_id}` first")
     try:
-        return _snapshot(repo_id, local_files_only=_no_hub())
+        return fetch(repo_id, local_files_only=_no_hub())
     except UnsupportedModel:
         raise
     except Exception as e:
@@ -252,11 +260,13 @@ def hub_snapshot(repo_id: str) -> Path:
 
 
 def _snapshot(repo_id: str, **options: Any) -> Path:
-    fetch = functools.partial(huggingface_hub.snapshot_download, repo_id, **options)
-    # An unsupported model is refused before its weights are fetched.
-    read_config(Path(fetch(allow_patterns=["config.json"])))
-    return Path(fetch(allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-                      ignore_patterns=["consolidated*", "original/*", "onnx/*"]))
+    read_config(_config_snapshot(repo_id, **options))  # an unsupported model is refused before its weights are fetched
+    return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+                                                  ignore_patterns=["consolidated*", "original/*", "onnx/*"], **options))
+
+
+def _config_snapshot(repo_id: str, **options: Any) -> Path:
+    return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=["config.json"], **options))
 
 
 def _first_line(e: Exception) -> str:
