@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +15,48 @@ from cacheclip_jax.attention import causal_attention
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
-from cacheclip_jax.model.params import Params
+from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
+from cacheclip_jax.recompute import SPAN, embed_rows
 
 BATCH_TOKENS = 2048  # rows of one compiled encoding; enough to keep a CPU busy, small enough for memory
 BATCH_TOKENS_ACCELERATOR = 8192  # where a product of 2,048 rows reaches four fifths of the rate of one of 8,192
 
 
-@partial(jax.jit, static_argnames=("cfg", "how"))
-def encode(params: Params, cfg: ModelConfig, ids: Int[Array, "B C"], prefix: Float[Array, "L 2 K P H"],
-           how: str = "blocked") -> Float[Array, "B L 2 K C H"]:
+def encode(params: Params, cfg: ModelConfig, ids: Int[Any, "B C"], prefix: Float[Any, "L 2 K P H"],
+           how: str = "blocked") -> list[Float[Array, "B l 2 K C H"]]:
     """K (before RoPE) and V of chunks that each run causally behind the same prefix (CacheClip's shared-prefix
-    calibration: the prefix absorbs the attention sink, so no chunk carries its own).
+    calibration: the prefix absorbs the attention sink, so no chunk carries its own); one array for each span of layers.
 
     `prefix` holds the prefix's own cache, P may be 0. Chunks shorter than C are padded at the end: causality keeps
     padding out of every real row, and the caller drops the padding's rows.
     """
-    (B, C), start = ids.shape, prefix.shape[3]
-    positions = start + jnp.arange(C)
-    x = decoder.embed(params, ids.reshape(-1))
-    out = []
+    x, out = embed_rows(params, ids.reshape(-1)), []
+    for start in range(0, cfg.num_layers, SPAN):
+        span = slice(start, start + SPAN)
+        x, kv = encode_span(x, params.layers[span], cfg, prefix[span], len(ids), how)
+        out.append(kv)
+    return out
+
+
+@partial(jax.jit, static_argnames=("cfg", "B", "how"), donate_argnames="x")
+def encode_span(x: Float[Array, "BC D"], layers: tuple[Layer, ...], cfg: ModelConfig, prefix: Float[Array, "l 2 K P H"],
+                B: int, how: str) -> tuple[Float[Array, "BC D"], Float[Array, "B l 2 K C H"]]:
+    """The part of `encode` that a span of layers does, for the rows of B chunks one after another."""
+    start, C = prefix.shape[3], x.shape[0] // B
+    positions, out = start + jnp.arange(C), []
 
     def behind(shared, own):
         return jnp.concatenate([jnp.broadcast_to(shared, (B, *shared.shape)), own], 2)
 
-    for layer, (prefix_k, prefix_v) in zip(params.layers, prefix, strict=True):
+    for layer, (prefix_k, prefix_v) in zip(layers, prefix, strict=True):
         q, k, v = (y.reshape(B, C, -1, cfg.head_dim).swapaxes(1, 2) for y in decoder.project(x, layer, cfg))
         out.append(jnp.stack([k, v], 1))
         keys = behind(rotate(prefix_k, jnp.arange(start), cfg.rope), rotate(k, positions, cfg.rope))
         q = rotate(q, positions, cfg.rope).swapaxes(1, 2)
         attended = causal_attention(q, keys, behind(prefix_v, v), how)
         x = decoder.finish(x, attended.reshape(B * C, cfg.num_heads, cfg.head_dim), layer, cfg)
-    return jnp.stack(out, 1)
+    return x, jnp.stack(out, 1)
 
 
 def encode_prefix(params: Params, cfg: ModelConfig, ids: Sequence[int], how: str = "blocked") -> np.ndarray:
@@ -73,7 +84,8 @@ def encode_many(params: Params, cfg: ModelConfig, chunks: Sequence[Sequence[int]
         for row, i in enumerate(batch):
             ids[row, : len(chunks[i])] = chunks[i]
         kv = encode(params, cfg, ids, prefix, how)
-        kv.copy_to_host_async()
+        for span in kv:
+            span.copy_to_host_async()
         if pending is not None:
             yield from _unpad(*pending)
         pending = (chunks, batch, kv)
@@ -100,7 +112,7 @@ def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> list[list[int]
     return out
 
 
-def _unpad(chunks: Sequence[Sequence[int]], batch: list[int], kv: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
-    host = np.asarray(kv)
+def _unpad(chunks: Sequence[Sequence[int]], batch: list[int], kv: list[jax.Array]) -> Iterator[tuple[int, np.ndarray]]:
+    host = [np.asarray(span) for span in kv]
     for row, i in enumerate(batch):
-        yield i, np.ascontiguousarray(host[row, :, :, :, : len(chunks[i])])
+        yield i, np.concatenate([span[row, :, :, :, : len(chunks[i])] for span in host])

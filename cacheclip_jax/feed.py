@@ -55,8 +55,9 @@ class Feed:
                        if isinstance(source, np.ndarray)]
         pages, parts, indices, offsets = self._layout(sources, missing, cfg.head_dim * caches.dtype.itemsize)
         layer_bytes = sum(self._sizes) * cfg.head_dim * caches.dtype.itemsize
+        # On a CPU nothing is copied that large blocks would make fewer of, and small programs compile sooner.
         on_cpu = platform_of(caches.staging.sharding) == "cpu"
-        self.blocks = layer_blocks(depth, 1 << 62 if on_cpu else BLOCK_BYTES, layer_bytes)
+        self.blocks = layer_blocks(depth, 1 if on_cpu else BLOCK_BYTES, layer_bytes)
         if self._tier is not None:
             self.blocks = self._tier.blocks(depth)
         if any(missing):

@@ -13,14 +13,12 @@ from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import ChunkCaches
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.feed import Feed
-from cacheclip_jax.host import platform_of
 from cacheclip_jax.methods import Plan
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.prompt import Prompt
-from cacheclip_jax.recompute import choose_rows, embed_rows, fresh_span, last_logits, reuse_span
+from cacheclip_jax.recompute import SPAN, choose_rows, embed_rows, fresh_span, last_logits, reuse_span
 from cacheclip_jax.score import Scoring, score, score_span
 
-SPAN = 4  # layers of a full prefill's programs on an accelerator: few dispatches, short compilations
 ROW_STEPS = 32  # sizes per doubling of the number of rows: padding costs at most 3% of the compute
 
 
@@ -35,11 +33,13 @@ def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots
         return score(model.params, cfg, scoring, ids, positions, last, cache, how)
     ids, positions, last, total = jax.device_put((ids, positions, last, np.zeros(slots, np.float32)), on)
     x = embed_rows(model.params, ids)
+    wanted = scoring.layer_indices(cfg.num_layers)
     for number, block in enumerate(feed.blocks):
-        x, total = score_span(x, model.params.layers[block.start : block.stop], cfg, scoring, block.start, positions,
-                              last, feed.take(number), feed.where, total, how)
+        scored = tuple(layer in wanted for layer in block)
+        x, total = score_span(x, model.params.layers[block.start : block.stop], cfg, scoring, scored, positions, last,
+                              feed.take(number), feed.where, total, how)
         feed.computed(total)
-    return total / len(scoring.layer_indices(cfg.num_layers))
+    return total / len(wanted)
 
 
 def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Feed, clock: Clock
@@ -74,9 +74,8 @@ def full_prefill(model: Model, ids: np.ndarray, slots: int) -> tuple[jax.Array, 
     rows, positions = padded(ids, np.arange(len(ids)), steps=ROW_STEPS)
     rows, positions = jax.device_put((rows, positions), model.params.final_norm.sharding)
     x, done = embed_rows(model.params, rows), []
-    size = cfg.num_layers if platform_of(model.params.embed.sharding) == "cpu" else SPAN
-    for start in range(0, cfg.num_layers, size):
-        x, layers = fresh_span(x, model.params.layers[start : start + size], cfg, positions, slots,
+    for start in range(0, cfg.num_layers, SPAN):
+        x, layers = fresh_span(x, model.params.layers[start : start + SPAN], cfg, positions, slots,
                                model.attention.name)
         done += layers
     return last_logits(model.params, cfg, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))

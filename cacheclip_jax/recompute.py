@@ -21,6 +21,8 @@ from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
 
+SPAN = 2  # layers of a program where nothing else decides: all at once would take half a minute to compile on a CPU
+
 Rows = Float[Array, "T D"]
 LayerCache = tuple[Float[Array, "K S H"], Float[Array, "K S H"]]
 
@@ -141,16 +143,31 @@ def recompute(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], positions: I
     slot at or before its own position: stale rows of the cache and fresh ones alike. With every token of a prompt as a
     row this is full prefill, exactly. The cache is donated.
     """
-    caches = tuple(zip(cache.k, cache.v, strict=True))
-    x, caches = cached_span(embed_rows(params, ids), params.layers, cfg, positions, caches, how)
-    return last_logits(params, cfg, x, last), KVCache(*zip(*caches, strict=True))
+    x, done = embed_rows(params, ids), []
+    for start in range(0, cfg.num_layers, SPAN):
+        span = slice(start, start + SPAN)
+        caches = tuple(zip(cache.k[span], cache.v[span], strict=True))
+        x, repaired = cached_span(x, params.layers[span], cfg, positions, caches, how)
+        done += repaired
+    return last_logits(params, cfg, x, last), KVCache(*zip(*done, strict=True))
+
+
+def continuation_logits(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], positions: Int[Any, "T"],
+                        cache: KVCache, how: str = "blocked") -> Float[Array, "T V"]:
+    """Logits of every row: how a repaired cache judges a given continuation. The cache stays as it is."""
+    x = embed_rows(params, ids)
+    for start in range(0, cfg.num_layers, SPAN):
+        span = slice(start, start + SPAN)
+        caches = tuple(zip(cache.k[span], cache.v[span], strict=True))
+        x = _continue_span(x, params.layers[span], cfg, positions, caches, how)
+    return _logits(params, cfg, x)
 
 
 @partial(jax.jit, static_argnames=("cfg", "how"))
-def continuation_logits(params: Params, cfg: ModelConfig, ids: Int[Array, "T"], positions: Int[Array, "T"],
-                        cache: KVCache, how: str = "blocked") -> Float[Array, "T V"]:
-    """Logits of every row: how a repaired cache judges a given continuation. The cache stays as it is."""
-    x = decoder.embed(params, ids)
-    for layer, kv in zip(params.layers, zip(cache.k, cache.v, strict=True), strict=True):
-        x, _ = attend_and_finish(x, layer, cfg, positions, kv, how)
-    return decoder.logits(params, cfg, x)
+def _continue_span(x, layers, cfg, positions, caches, how):
+    for layer, cache in zip(layers, caches, strict=True):
+        x, _ = attend_and_finish(x, layer, cfg, positions, cache, how)
+    return x
+
+
+_logits = jax.jit(decoder.logits, static_argnames="cfg")

@@ -74,18 +74,17 @@ SCORINGS = {
 }
 
 
-@partial(jax.jit, static_argnames=("cfg", "scoring", "start", "how"), donate_argnames="x")
-def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring, start: int,
-               positions: Int[Array, "T"], last: Int[Array, ""], rows: Float[Array, "B R H"],
+@partial(jax.jit, static_argnames=("cfg", "scoring", "scored", "how"), donate_argnames="x")
+def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring,
+               scored: tuple[bool, ...], positions: Int[Array, "T"], last: Int[Array, ""], rows: Float[Array, "B R H"],
                where: Placement, total: Float[Array, "S"], how: str = "blocked"
                ) -> tuple[Float[Array, "T D"], Float[Array, "S"]]:
-    """The part of `score` that layers `start`, `start` + 1, ... do, over chunk caches just loaded; adds to `total`,
-    which is divided by the number of scored layers in the end."""
+    """The part of `score` that a span of layers does, over chunk caches just loaded; those that are `scored` add to
+    `total`, which is divided by their number in the end."""
     own = row_of_slot(positions, where.first.shape[0])
     for nth, layer in enumerate(layers):
-        index = start + nth
         q, kv = rows_over_loaded(x, layer, cfg, positions, rows[nth], where, own)
-        attended, seen = _attend(q, kv, positions, last, scoring, index in scoring.layer_indices(cfg.num_layers), how)
+        attended, seen = _attend(q, kv, positions, last, scoring, scored[nth], how)
         x, total = decoder.finish(x, attended, layer, cfg), total + seen
     return x, total
 

@@ -34,7 +34,7 @@ def store(models):
 def way(request, monkeypatch):
     """How a CPU's or a GPU's caches travel: all layers in one program, or spans behind a ring of pinned buffers."""
     if request.param == "gpu":
-        for module in (host, feed, online):
+        for module in (host, feed):
             monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
         monkeypatch.setattr(feed, "BLOCK_BYTES", 1)
         monkeypatch.setattr(device, "BLOCK_LAYERS", 1)
