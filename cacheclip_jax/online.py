@@ -52,7 +52,7 @@ def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Fe
     mask = plan.recompute
     if isinstance(mask, np.ndarray):
         mask = np.pad(mask, (0, bucket(len(mask)) - len(mask)))
-    count = bucket(plan.count() + len(prompt.question), 32, ROW_STEPS)
+    count = bucket(plan.count() + len(prompt.question), 64, ROW_STEPS)
     ids, mask = jax.device_put((ids, mask), on)
     x, positions, last = choose_rows(model.params, ids, mask, np.int32(len(prompt.prefix)),
                                      np.int32(prompt.question_start), np.int32(len(prompt.ids)), count)
@@ -71,7 +71,7 @@ def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Fe
 def full_prefill(model: Model, ids: np.ndarray, slots: int) -> tuple[jax.Array, KVCache]:
     """Full prefill of a model: the last token's logits, and the cache."""
     cfg = model.config
-    rows, positions = padded(ids, np.arange(len(ids)), steps=ROW_STEPS)
+    rows, positions = padded(ids, np.arange(len(ids)), minimum=64, steps=ROW_STEPS)
     rows, positions = jax.device_put((rows, positions), model.params.final_norm.sharding)
     x, done = embed_rows(model.params, rows), []
     for start in range(0, cfg.num_layers, SPAN):

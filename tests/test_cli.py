@@ -272,7 +272,7 @@ def test_json_holds_what_scripts_need(ask):
         "text", "token_ids", "finish_reason", "method", "realised_ratio", "context_tokens", "prefix_tokens",
         "question_tokens", "reused_tokens", "recomputed_tokens", "hits", "misses", "encoded", "repaired", "warnings",
         "compiles", "chunks", "times", "decode_tokens_per_second"}
-    assert set(result["times"]) == {"retrieve", "score", "select", "load", "encode", "assemble", "recompute", "ttft",
+    assert set(result["times"]) == {"retrieve", "score", "select", "load", "encode", "recompute", "ttft",
                                     "decode"}
     assert result["finish_reason"] == "length" and len(result["token_ids"]) == 6
 
