@@ -57,7 +57,7 @@ def passages(store: ChunkStore) -> list[Passage]:
         if isinstance(passage, ChunkCorrupt):
             raise passage
         found.append(passage)
-    return sorted(found, key=lambda p: (p.document, p.start, p.end))
+    return sorted(found, key=lambda p: (p.document, p.start, p.end, p.id))
 
 
 def read_passages(store: ChunkStore, ids: Iterable[str]) -> Iterator[tuple[str, Passage | ChunkCorrupt]]:
