@@ -68,10 +68,6 @@ class DeviceTier:
         """Give rows back after a program has added to them."""
         self._rows[number] = rows
 
-    def clear(self) -> None:
-        """Forget everything: after an error, when what was donated may be lost."""
-        self._parts, self._rows, self._pen = {}, [], 0
-
 
 @partial(jax.jit, donate_argnames="kept")
 def add_block(kept: Float[Array, "B P H"], new: Float[Array, "B R H"], at: Int[Array, ""]) -> Float[Array, "B P H"]:

@@ -76,8 +76,11 @@ class Feed:
         """The prefix as pages of the host tier, so that it's gathered with the chunks, or as a source."""
         if self._host is not None:
             key = (caches.space("shared").key, "prefix")
-            self._host.put(key, prefix)
-            if (pages := self._host.hold(key)) is not None:
+            pages = self._host.hold(key)
+            if pages is None:
+                self._host.put(key, prefix)
+                pages = self._host.hold(key)
+            if pages is not None:
                 self._held.append(key)
                 return pages
         return InMemory(prefix)

@@ -69,12 +69,6 @@ class HostTier:
                 self._memory[:, pages[whole], : layers.shape[1] - split] = layers[:, split:]
             self._kept[key] = pages
 
-    def drop(self, key: Key) -> None:
-        """Forget a chunk cache, where it's here and nobody holds it."""
-        with self._lock:
-            if key in self._kept and not self._held[key]:
-                self._free += self._kept.pop(key).tolist()
-
     def _make_room(self, need: int) -> bool:
         for key in list(self._kept):
             if len(self._free) >= need:

@@ -21,7 +21,7 @@ from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
 
-SPAN = 2  # layers of a program where nothing else decides: all at once would take half a minute to compile on a CPU
+SPAN = 2  # layers of a program where nothing else decides: all at once take several times as long to compile on a CPU
 
 Rows = Float[Array, "T D"]
 LayerCache = tuple[Float[Array, "K S H"], Float[Array, "K S H"]]
