@@ -14,7 +14,7 @@ from cacheclip_jax.info import gather
 from cacheclip_jax.model.config import read_config
 from cacheclip_jax.model.load import load_config, load_model
 from cacheclip_jax.store.records import DTYPES
-from tests.test_cli import cacheclip, fails
+from tests.command_line import cacheclip, fails
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is said of a CPU")
 
