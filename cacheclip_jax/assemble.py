@@ -58,7 +58,8 @@ def empty(cfg: ModelConfig, slots: int, dtype: Any) -> KVCache:
 def placement(cfg: ModelConfig, slots: int, lengths: Sequence[int], offsets: Sequence[int] | None = None) -> Placement:
     """The placement of parts of `lengths` tokens at contiguous positions, in `slots` slots.
 
-    `offsets` says at which row each part begins; by default they follow one another from row 0.
+    `offsets` says at which row each part begins, -1 for one that isn't there (its slots are free); by default they
+    follow one another from row 0.
     """
     tokens = np.asarray(lengths, np.int64)
     rows = 2 * cfg.num_kv_heads * tokens
@@ -66,7 +67,7 @@ def placement(cfg: ModelConfig, slots: int, lengths: Sequence[int], offsets: Seq
     total = int(tokens.sum())
     first, stride = np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
     within = np.arange(total) - np.repeat(np.cumsum(tokens) - tokens, tokens)
-    first[:total] = np.repeat(begins, tokens) + within
+    first[:total] = np.where(np.repeat(begins, tokens) < 0, -1, np.repeat(begins, tokens) + within)
     stride[:total] = np.repeat(tokens, tokens)
     return Placement(first, stride)
 

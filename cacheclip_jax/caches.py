@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Literal
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from cacheclip_jax.clock import Clock
-from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.encode import encode_many, encode_prefix, no_prefix
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, StoreError
-from cacheclip_jax.host import HostTier, Key, Staging
-from cacheclip_jax.loader import InMemory, Source
+from cacheclip_jax.loader import Source
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.tokenizer import Encoded
+from cacheclip_jax.pages import HostChunk, HostPages, PageLayout, platform_of
 from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.store import ChunkStore, Passage, PendingKV, Space
 from cacheclip_jax.store.quantize import round_trip
+from cacheclip_jax.tier import Tier
 
 Behind = Literal["shared", "none"]
+DeviceChunk = list[list[jax.Array]]  # the pages of each block of layers
+
+# Blocks of a CPU's layers: a larger program takes long to compile, and copies are cheap however small.
+CPU_BLOCK_LAYERS = 2
 
 
 @dataclass
 class Fetched:
-    """A request's chunk caches, each as pages held in the host tier or as a source (None where not wanted), and how
-    they were come by."""
+    """A request's chunk caches in host memory or on their way there (None where not wanted), and how they were come by.
+    """
 
-    sources: list[Source | np.ndarray | None] = field(default_factory=list)
+    sources: list[Source | None] = field(default_factory=list)
     hits: int = 0
     misses: int = 0
     encoded: list[str] = field(default_factory=list)
@@ -54,9 +58,11 @@ class ChunkCaches:
     def __init__(self, model: Model, store: ChunkStore, prompt_format: PromptFormat):
         self.model = model
         self.store = store
-        self.host: HostTier | None = None  # of recently used chunks in host memory; the engine sets it
-        self.staging = Staging(replicated(model.params.embed.sharding))
-        self.tier: DeviceTier | None = None  # of recently used chunks on the device; the engine sets it
+        sharding = replicated(model.params.embed.sharding)
+        layers = CPU_BLOCK_LAYERS if platform_of(sharding) == "cpu" else None
+        self.pages = HostPages(PageLayout.of(model.config, self.dtype, layers), sharding)
+        self.host: Tier[HostChunk] | None = None  # of recently used chunks in host memory; the engine sets it
+        self.device: Tier[DeviceChunk] | None = None  # of recently used chunks on the device; the engine sets it
         self.format = prompt_format
         self.prefix_ids = prompt_format.prefix_ids(model.tokenizer)
         self.pair: Sequence[ChunkCaches] = (self,)  # the models that share the store on purpose
@@ -98,6 +104,14 @@ class ChunkCaches:
                                             self.model.attention.name)
         return self._prefix_kv
 
+    @cached_property
+    def prefix_pages(self) -> DeviceChunk:
+        """The shared prefix's own cache on the device; an empty prefix takes a page too."""
+        kv = self.prefix_kv()
+        chunk = self.pages.filled(kv) if kv.shape[3] else self.pages.empty(1)
+        put = jax.device_put([[page.array for page in pages] for pages in chunk.blocks], self.pages.sharding)
+        return jax.block_until_ready(put)
+
     def encode(self, passages: Sequence[Passage], behind: Behind) -> Iterator[tuple[Passage, np.ndarray]]:
         """Encode passages, batched; nothing is stored."""
         prefix = self.prefix_kv() if behind == "shared" else no_prefix(self.model.params, self.model.config)
@@ -129,19 +143,13 @@ class ChunkCaches:
         for i, passage in enumerate(passages):
             if wanted is not None and not wanted[i]:
                 continue
-            if self.host and (pages := self.host.hold(self.key(behind, passage))) is not None:
-                out.sources[i] = pages
+            if self.host is not None and (chunk := self.host.get(self.key(behind, passage))) is not None:
+                out.sources[i] = chunk
                 out.hits += 1
             else:
                 unread.append(i)
         wanted_ids = [(self.encoded(passages[i]).ids, passages[i].id) for i in unread]
-        try:
-            pending = self.store.read_all(space, wanted_ids, eager=False) if unread else []
-        except StoreError:
-            if self.host:
-                self.host.release(self.key(behind, p) for p, pages in zip(passages, out.sources, strict=True)
-                                  if pages is not None)
-            raise
+        pending = self.store.read_all(space, wanted_ids, eager=False) if unread else []
         missing = []
         for i, read in zip(unread, pending, strict=True):
             if read is None:
@@ -149,7 +157,7 @@ class ChunkCaches:
                 missing.append(i)
             else:
                 out.hits += 1
-                out.sources[i] = Stored(read, self.store.readers, partial(self._admit, self.key(behind, passages[i])))
+                out.sources[i] = self.store.readers.submit(self._read, read, behind, passages[i])
         if missing:
             ours = {c.space(b).key for c in self.pair for b in ("shared", "none")}
             if (why := self.store.explain_miss(space, ours)) is not None:
@@ -162,8 +170,9 @@ class ChunkCaches:
         return out
 
     def repair(self, passages: Sequence[Passage], behind: Behind, fetched: Fetched, index: int, error: ChunkCorrupt
-               ) -> Source:
-        """A source for a chunk whose stored bytes turned out damaged: encoded anew from its text, stored, reported."""
+               ) -> HostChunk:
+        """A chunk cache in place of stored bytes that turned out damaged: encoded anew from its text, stored, reported.
+        """
         passage, space = passages[index], self.space(behind)
         fetched.hits, fetched.misses = fetched.hits - 1, fetched.misses + 1
         fetched.repaired.append(passage.id)
@@ -173,10 +182,10 @@ class ChunkCaches:
         return self._make([index], passages, behind, fetched)[passage.id]
 
     def _make(self, indices: Sequence[int], passages: Sequence[Passage], behind: Behind, out: Fetched
-              ) -> dict[str, Source]:
+              ) -> dict[str, HostChunk]:
         """Encode passages; keep them in host memory and, as far as it can be written, in the store."""
         by_id = {passages[i].id: passages[i] for i in indices}
-        made: dict[str, Source] = {}
+        made: dict[str, HostChunk] = {}
         try:
             self.store.add_passages(by_id.values())
             writable = True
@@ -184,10 +193,8 @@ class ChunkCaches:
             out.warnings.append(str(e))
             writable = False
         for passage, kv in self.encode(list(by_id.values()), behind):
-            as_stored = round_trip(self.store.kv, kv)  # so that the next answer is the same
-            made[passage.id] = InMemory(as_stored)
-            if self.host:
-                self.host.put(self.key(behind, passage), as_stored)
+            chunk = self.pages.filled(round_trip(self.store.kv, kv))  # so that the next answer is the same
+            made[passage.id] = self._kept(behind, passage, chunk)
             if not writable:
                 continue
             try:
@@ -197,12 +204,20 @@ class ChunkCaches:
                 writable = False
         return made
 
-    def _admit(self, key: Key, kv: np.ndarray) -> None:
-        """Keep a chunk cache of the store in host memory too, where there is a tier."""
-        if self.host:
-            self.host.put(key, kv)
+    def _read(self, pending: PendingKV, behind: Behind, passage: Passage) -> HostChunk:
+        """A stored chunk cache, read straight into the pages that it's copied to the device from."""
+        cfg, tokens = self.model.config, len(self.encoded(passage).ids)
+        chunk = self.pages.empty(tokens)
+        pending.read_scattered(chunk.buffers(2 * cfg.num_kv_heads * tokens))
+        return self._kept(behind, passage, chunk)
 
-    def _key(self, behind: Behind, passage: Passage) -> Key:
+    def _kept(self, behind: Behind, passage: Passage, chunk: HostChunk) -> HostChunk:
+        """The chunk cache, kept in host memory for the next request where there is a tier."""
+        if self.host is not None:
+            self.host.put(self.key(behind, passage), chunk, chunk.nbytes)
+        return chunk
+
+    def _key(self, behind: Behind, passage: Passage) -> tuple[str, str]:
         """What a chunk's cache is called: its space and its own key."""
         space = self.space(behind)
         return space.key, space.chunk_key(self.encoded(passage).ids)
@@ -216,19 +231,3 @@ class ChunkCaches:
 def replicated(sharding: Sharding) -> Sharding:
     """The sharding of an array that lies whole on every device of a model."""
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
-
-
-class Stored:
-    """A chunk cache being read from the store, whole: one read and one check a chunk take Python's lock far less often
-    than one a layer. `admit` gets it in the end."""
-
-    def __init__(self, pending: PendingKV, readers: ThreadPoolExecutor, admit: Callable[[np.ndarray], None]):
-        self._whole, self._admit = readers.submit(pending.read_whole), admit
-
-    def read_layer(self, layer: int, out: np.ndarray) -> None:
-        """Copy a layer's bytes, once the chunk is there."""
-        np.copyto(out, self._whole.result()[layer].reshape(-1).view(np.uint8))
-
-    def done(self) -> None:
-        """Have it kept in host memory, now that nobody waits for it."""
-        self._admit(self._whole.result())

@@ -22,11 +22,9 @@ from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import ChunkCaches, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.decode import Sampling, TextStream
-from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.documents import Document
 from cacheclip_jax.errors import BadInput, ContextTooLong
 from cacheclip_jax.feed import Feed
-from cacheclip_jax.host import HostTier
 from cacheclip_jax.index import IndexReport, index_documents
 from cacheclip_jax.methods import Method, Plan, Request, make, takes_budget
 from cacheclip_jax.methods.method import Scores
@@ -40,6 +38,7 @@ from cacheclip_jax.score import Scoring, context_scores, map_scores
 from cacheclip_jax.select import Budget
 from cacheclip_jax.store import ChunkStore, Passage, is_chunk_id
 from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
+from cacheclip_jax.tier import Tier
 
 HOST_BYTES = 4 << 30
 Chunk = str | Passage
@@ -79,10 +78,13 @@ class CacheClip:
         self.store = store
         self.primary = ChunkCaches(primary, store, prompt_format)
         self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
-        self._make_tiers(host_bytes, device_bytes)
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="cacheclip")
+        host: Tier | None = Tier(host_bytes) if host_bytes else None
+        device: Tier | None = Tier(device_bytes) if device_bytes else None
         for caches in (pair := self._models()):
             caches.pair = pair
+        for caches in [self.primary] if self.aux is None else [self.primary, self.aux]:
+            caches.host, caches.device = host, device
         limit = primary.config.max_positions
         if max_context is not None and not 1 <= max_context <= limit:
             raise BadInput(f"max_context={max_context} is out of range: {primary.name} has {limit} positions")
@@ -123,19 +125,6 @@ class CacheClip:
             small = big if same else load_model(aux, dtype=dtype, mesh=small_mesh)
         return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context, host_bytes=host_bytes,
                    device_bytes=device_bytes)
-
-    def _make_tiers(self, host_bytes: int, device_bytes: int) -> None:
-        """Give both models tiers in host memory and on their devices that hold about as many tokens each."""
-        models = [self.primary] if self.aux is None else [self.primary, self.aux]
-        sizes = [c.model.config.kv_values_per_token for c in models]
-        for caches, size in zip(models, sizes, strict=True):
-            cfg, dtype, share = caches.model.config, caches.dtype, size / sum(sizes)
-            if caches is self.aux and self.aux.model is self.primary.model:
-                caches.host = self.primary.host
-            elif host_bytes:
-                caches.host = HostTier(cfg.num_layers, cfg.head_dim * dtype.itemsize, int(host_bytes * share))
-            if device_bytes:
-                caches.tier = DeviceTier(cfg, int(device_bytes * share), dtype, caches.staging.sharding)
 
     # ---------------------------------------------------------------- index
 

@@ -16,10 +16,10 @@ from cacheclip_jax.attention import Choice, choose, for_rows
 from cacheclip_jax.attention.choose import FEW_ROWS
 from cacheclip_jax.engine import compilation_cache
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.host import Staging
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.load import load_config
 from cacheclip_jax.model.pull import models_directory
+from cacheclip_jax.pages import uses_pinned
 from cacheclip_jax.store.records import DTYPES
 from cacheclip_jax.version import __version__
 
@@ -74,10 +74,10 @@ def _attention(device: jax.Device, head_dim: int, dtype: str) -> dict[str, str]:
 
 
 def _copies(device: jax.Device) -> dict[str, Any]:
-    pinned = Staging(SingleDeviceSharding(device)).pinned
+    pinned = uses_pinned(SingleDeviceSharding(device))
     reason = ("Copies from pinned memory run at the bus's speed, beside the computation." if pinned else
-              "On a CPU a copy may be the same memory: a buffer is used once." if device.platform == "cpu" else
-              f"Pinned buffers are for GPUs, this device is a {device.platform}.")
+              "On a CPU a copy may be the same memory: a page is used once." if device.platform == "cpu" else
+              f"Pinned pages are for GPUs, this device is a {device.platform}.")
     return {"pinned": pinned, "reason": reason}
 
 

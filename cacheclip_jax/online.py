@@ -25,7 +25,7 @@ ROW_STEPS = 32  # sizes per doubling of the number of rows: padding costs at mos
 def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots: int, feed: Feed | None) -> jax.Array:
     """Attention of the question to every slot of the aux model's cache [S]: over chunk caches that are still arriving,
     or without a `feed` over the aux model's own prefill of the whole prompt."""
-    model, cfg, on = caches.model, caches.model.config, caches.staging.sharding
+    model, cfg, on = caches.model, caches.model.config, caches.pages.sharding
     ids, positions = padded(prompt.question, prompt.question_start + np.arange(len(prompt.question)), minimum=16)
     last, how = np.int32(len(prompt.question) - 1), model.attention.name
     if feed is None:
@@ -46,7 +46,7 @@ def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Fe
            ) -> tuple[jax.Array, KVCache]:
     """Push the plan's rows and the question through the primary, over caches that are still arriving; the last row's
     logits and the repaired cache."""
-    model, cfg, on = caches.model, caches.model.config, caches.staging.sharding
+    model, cfg, on = caches.model, caches.model.config, caches.pages.sharding
     ids = np.zeros(slots, np.int32)
     ids[: len(prompt.ids)] = prompt.ids
     mask = plan.recompute

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, ChunkStore, Passage, device, feed, host, online
-from cacheclip_jax.device import DeviceTier
+from cacheclip_jax import CacheClip, ChunkStore, Passage, caches, feed, online, pages
 from cacheclip_jax.errors import StoreError
-from cacheclip_jax.host import PAGE_ROWS, HostTier
-from cacheclip_jax.loader import _shares
 from cacheclip_jax.model.load import load_model
+from cacheclip_jax.pages import HostPages, PageLayout
+from cacheclip_jax.tier import Tier
 from tests.conftest import max_diff, stacked
 from tests.test_engine import QUESTION, TEXTS
 
@@ -32,12 +32,13 @@ def store(models):
 
 @pytest.fixture(params=["cpu", "gpu"])
 def way(request, monkeypatch):
-    """How a CPU's or a GPU's caches travel: all layers in one program, or spans behind a ring of pinned buffers."""
+    """How a CPU's or a GPU's caches travel: from pages that are used once, or again and again, a block at a time."""
     if request.param == "gpu":
-        for module in (host, feed):
+        for module in (caches, pages):
             monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
-        monkeypatch.setattr(feed, "BLOCK_BYTES", 1)
-        monkeypatch.setattr(device, "BLOCK_LAYERS", 1)
+        monkeypatch.setattr(pages, "PAGE_BYTES", 1)
+        monkeypatch.setattr(pages, "PAGE_TOKENS", 8)
+        monkeypatch.setattr(feed, "AHEAD_BYTES", 1)
         monkeypatch.setattr(online, "SPAN", 1)
     return request.param
 
@@ -80,79 +81,71 @@ def test_what_lies_on_the_device_is_read_from_nowhere_else(models, store, monkey
         prefilled(clip, [*TEXTS, "the dog sat on another mat"])
 
 
-def test_a_request_that_fails_lets_go_of_what_it_held_in_host_memory(models, store, monkeypatch):
+def test_pages_of_what_left_host_memory_are_used_again_and_never_while_somebody_holds_them(models, monkeypatch):
+    monkeypatch.setattr(pages, "platform_of", lambda sharding: "gpu")
+    monkeypatch.setattr(pages, "PAGE_TOKENS", 8)
+    cfg, rng = models[0].config, np.random.default_rng(0)
+    layout = PageLayout.of(cfg, np.dtype("float32"), 1)
+    made, tier = HostPages(layout, models[0].params.embed.sharding), Tier(12 * len(layout.blocks) * layout.nbytes(
+        layout.blocks[0]))
+    held: dict[int, tuple] = {}
+    used = set()
+    for n in range(60):
+        kv = rng.standard_normal((cfg.num_layers, 2, cfg.num_kv_heads, int(rng.integers(1, 30)), cfg.head_dim),
+                                 np.float32)
+        chunk = made.filled(kv)
+        tier.put((str(n),), chunk, chunk.nbytes)
+        used |= {page.layers.ctypes.data for block in chunk.blocks for page in block}
+        if n % 7 == 0:
+            held[n] = chunk, kv
+        assert tier.nbytes <= tier.limit_bytes
+        for one, expected in [*held.values(), (chunk, kv)]:
+            np.testing.assert_array_equal(stored_layers(one, expected), expected.reshape(cfg.num_layers, -1))
+        if len(held) > 3:
+            held.pop(min(held))
+        del chunk
+    gc.collect()
+    assert len(used) < 60 * len(layout.blocks)  # of about 130 taken for each block
+
+
+def stored_layers(chunk, like):
+    rows = 2 * like.shape[2] * like.shape[3]
+    return np.stack([np.concatenate(pieces).view(np.float32) for pieces in chunk.buffers(rows)])
+
+
+def test_a_tier_keeps_its_bound_and_drops_the_least_recent():
+    rng, tier, kept = np.random.default_rng(0), Tier(100), {}
+    for n in range(200):
+        size = int(rng.integers(1, 45))
+        tier.put((str(n),), n, size)
+        kept[n] = size
+        if n % 3 == 0 and n > 1 and tier.get((str(n - 1),)) is not None:
+            kept[n - 1] = kept.pop(n - 1)  # used again: it outlives one that was not
+        while sum(kept.values()) > 100:
+            del kept[next(iter(kept))]
+        assert len(tier) == len(kept) and tier.nbytes == sum(kept.values())
+    assert [tier.get((str(n),)) for n in kept] == list(kept)
+    tier.put(("large",), -1, 101)
+    tier.put((str(n),), -1, 1)
+    assert tier.get(("large",)) is None and tier.get((str(n),)) == n
+
+
+def test_what_was_read_lies_in_host_memory_for_the_next_request(models, store, monkeypatch):
     clip = CacheClip(*models, store)
-    prefilled(clip, TEXTS)
-    tier = clip.primary.host
-    for _ in range(500):  # what was read is kept after the answer, by a thread of its own
-        if len(tier) == len(TEXTS) + 1:
+    first = prefilled(clip, TEXTS)
+    for _ in range(500):  # what was read is kept by a thread of its own
+        if len(clip.primary.host) == 2 * len(TEXTS):
             break
         time.sleep(0.01)
-    assert len(tier) == len(TEXTS) + 1 and not tier._held
-    with monkeypatch.context() as patch:
-        patch.setattr(clip.store, "read_all", mock.Mock(side_effect=StoreError("broken")))
-        with pytest.raises(StoreError, match="broken"):
-            clip.prefill(QUESTION, [*TEXTS, "another text"])
-        prefilled(clip, TEXTS)  # from host memory alone
-    assert not tier._held
+    monkeypatch.setattr(clip.store, "read_all", None)
+    assert max_diff(prefilled(clip, TEXTS).logits, first.logits) == 0
 
 
-def gathered(tier: HostTier, key, layers: int) -> np.ndarray | None:
-    pages = tier.hold(key)
-    if pages is None:
-        return None
-    out = np.zeros((layers, len(pages) * tier.page_bytes), np.uint8)
-    for layer in range(layers):
-        tier.gather(layer, pages, out[layer])
-    tier.release([key])
-    return out
+def test_pages_are_made_for_copies_worth_their_call(models):
+    from dataclasses import replace
 
-
-def test_the_host_tier_keeps_bytes_in_its_bound_drops_the_least_recent_and_never_what_is_held():
-    rng = np.random.default_rng(0)
-    row, layers = 8, 3
-    tier = HostTier(layers, row, 10 * layers * PAGE_ROWS * row)
-    assert tier.pages == 10
-    held, kept = ("s", "held"), {}
-    for n in range(80):
-        key = held if n == 0 else ("s", str(n))
-        kv = rng.integers(0, 255, (layers, 2, 1, int(rng.integers(1, 3 * PAGE_ROWS // 2)), row)).astype(np.uint8)
-        tier.put(key, kv)
-        kept[key] = kv
-        if n == 0:
-            assert tier.hold(held) is not None
-        found = [k for k in kept if (got := gathered(tier, k, layers)) is not None and np.array_equal(
-            got[:, : kept[k][0].size], kept[k].reshape(layers, -1))]
-        assert held in found and key in found and len(found) == len(tier)
-        if n % 3 == 0 and n:  # used again: it outlives one that was not
-            gathered(tier, key, layers)
-    tier.release([held])
-    tier.put(("s", "large"), np.zeros((layers, 2, 1, 5 * PAGE_ROWS, row), np.uint8))
-    assert len(tier) == 1 and tier.hold(held) is None
-    tier.put(("s", "too large"), np.zeros((layers, 2, 1, 5 * PAGE_ROWS + 1, row), np.uint8))
-    assert tier.hold(("s", "too large")) is None
-
-
-def test_a_device_tier_never_finds_what_a_later_block_lies_on(models):
-    cfg = models[0].config
-    tier = DeviceTier(cfg, 100 * cfg.num_layers * cfg.head_dim * 4, "float32", models[0].params.final_norm.sharding)
-    assert tier.capacity == 100 and tier.reserve(101) is None
-    rng, lies = np.random.default_rng(0), {}
-    for n in range(60):
-        size = int(rng.integers(1, 45))
-        at = tier.reserve(size)
-        lies = {k: (first, count) for k, (first, count) in lies.items() if first + count <= at or first >= at + size}
-        key = ("space", str(n))
-        tier.keep(key, at, size)
-        lies[key] = (at, size)
-        assert at + size <= 100
-        assert tier.find([("space", str(i)) for i in range(n + 1)]) == [
-            lies.get(("space", str(i)), (None,))[0] for i in range(n + 1)]
-
-
-def test_workers_share_parts_about_equally():
-    sizes = np.random.default_rng(0).integers(1, 1000, 50)
-    shares = _shares(sizes, 8)
-    assert sorted(i for share in shares for i in share) == list(range(50))
-    loads = [sizes[share].sum() for share in shares]
-    assert max(loads) - min(loads) <= sizes.max()
+    from tests.conftest import TINY
+    cfg = replace(TINY["qwen2"], num_layers=28, num_kv_heads=4, head_dim=128)
+    layout = PageLayout.of(cfg, np.dtype(jnp.bfloat16))
+    assert [len(b) for b in layout.blocks] == [6, 6, 6, 6, 4] or [len(b) for b in layout.blocks] == [7] * 4
+    assert all(layout.nbytes(b) >= 2 << 20 for b in layout.blocks) and layout.pages(257) == 2

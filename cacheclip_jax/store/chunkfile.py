@@ -99,5 +99,5 @@ def unpack_for(head: bytes, space: Space, ids: Sequence[int]) -> Entry:
     return entry
 
 
-def checksum(data: np.ndarray) -> int:
-    return crc32c.crc32c(data, 0, data.nbytes > 1 << 15)  # without Python's lock where that pays
+def checksum(data: np.ndarray, before: int = 0) -> int:
+    return crc32c.crc32c(data, before, data.nbytes > 1 << 15)  # without Python's lock where that pays

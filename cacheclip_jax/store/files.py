@@ -11,6 +11,7 @@ import resource
 import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -165,6 +166,19 @@ class FileSource:
                     raise EOFError(f"it ends at byte {offset}")
                 left, offset = left[n:], offset + n
 
+    def read_scattered(self, offset: int, views: Sequence[np.ndarray]) -> None:
+        """Fills flat uint8 arrays one after another with few calls; raises EOFError where the file ends before."""
+        with self._open() as fd:
+            left = deque(memoryview(view) for view in views)
+            while left:
+                if not (n := os.preadv(fd, list(itertools.islice(left, _MOST_BUFFERS)), offset)):
+                    raise EOFError(f"it ends at byte {offset}")
+                offset += n
+                while left and n >= len(left[0]):
+                    n -= len(left.popleft())
+                if n:
+                    left[0] = left[0][n:]
+
     def release(self) -> None:
         """Nothing: other threads may be reading, so the file is closed with the last reference."""
 
@@ -187,6 +201,7 @@ class FileSource:
             os.close(fd)
 
 
+_MOST_BUFFERS = min(os.sysconf("SC_IOV_MAX"), 1024)  # of one call
 _MOST_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 

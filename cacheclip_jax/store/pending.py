@@ -12,11 +12,12 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, ChunkUnreadable, StoreError
 from cacheclip_jax.store.blobs import FAILURES, translated
 from cacheclip_jax.store.chunkfile import checksum, head_bytes, stored_layer_bytes, unpack_for
+from cacheclip_jax.store.files import FileSource
 from cacheclip_jax.store.layout import chunk_file
 from cacheclip_jax.store.quantize import dequantize
 from cacheclip_jax.store.records import Entry, Space
@@ -156,15 +157,31 @@ class PendingKV:
         assert self._out is not None
         return self._out[layer]
 
-    def read_whole(self) -> Float[np.ndarray, "L 2 K C H"]:
-        """Reads and checks every layer in the calling thread, with one read; raises as `layer` does."""
-        self._out = np.empty(self._space.shape(len(self._ids)), self._space.numpy_dtype)
+    def read_scattered(self, layers: Sequence[Sequence[UInt8[np.ndarray, " bytes"]]]) -> None:
+        """Reads and checks every layer in the calling thread, each into flat buffers that it fills one after another;
+        raises as `layer` does. Where values are stored as they are, bytes go from the file to the buffers."""
         with self._judged():
-            self._load(0, self._out)
-        assert self._source is not None
-        self._source.release()
+            entry, source = self._entry, self._source
+            assert isinstance(entry, Entry) and source is not None
+            if self._space.kv == "exact" and isinstance(source, FileSource):
+                source.read_scattered(self._head, [piece for pieces in layers for piece in pieces])
+                self._store.metrics.count("bytes_read", self._tier, self._size - self._head)
+                for i, pieces in enumerate(layers):
+                    crc = 0
+                    for piece in pieces:
+                        crc = checksum(piece, crc)
+                    if crc != entry.crcs[i]:
+                        raise ValueError(f"layer {i} fails its checksum")
+            else:
+                whole = np.empty(self._space.shape(len(self._ids)), self._space.numpy_dtype)
+                self._load(0, whole)
+                for pieces, layer in zip(layers, whole.reshape(len(whole), -1).view(np.uint8), strict=True):
+                    start = 0
+                    for piece in pieces:
+                        piece[...] = layer[start : start + piece.nbytes]
+                        start += piece.nbytes
+            source.release()
         self._finished(self._space.num_layers)
-        return self._out
 
     def result(self) -> Float[np.ndarray, "L 2 K C H"]:
         """Waits for all layers; raises as `layer` does."""
