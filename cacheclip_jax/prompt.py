@@ -76,7 +76,8 @@ class Prompt:
     @cached_property
     def ids(self) -> np.ndarray:
         """The whole prompt, int32: what a full prefill reads."""
-        return np.array([*self.prefix, *(i for c in self.chunks for i in c.ids), *self.question], np.int32)
+        return np.concatenate([np.array(self.prefix, np.int32), *(c.array for c in self.chunks),
+                               np.array(self.question, np.int32)])
 
     @property
     def question_start(self) -> int:

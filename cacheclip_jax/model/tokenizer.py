@@ -39,6 +39,11 @@ class Encoded:
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
+    @functools.cached_property
+    def array(self) -> np.ndarray:
+        """The ids, int32."""
+        return np.array(self.ids, np.int32)
+
 
 def nfc(text: str) -> str:
     """`text` in Unicode's composed form, which is what tokenizers see: spans count its characters."""
