@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from cacheclip_jax.clock import Clock
+from cacheclip_jax.copies import RowBuffers
 from cacheclip_jax.encode import encode_many, encode_prefix, no_prefix
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, StoreError
 from cacheclip_jax.loader import Source
@@ -61,6 +62,7 @@ class ChunkCaches:
         sharding = replicated(model.params.embed.sharding)
         layers = CPU_BLOCK_LAYERS if platform_of(sharding) == "cpu" else None
         self.pages = HostPages(PageLayout.of(model.config, self.dtype, layers), sharding)
+        self.buffers = RowBuffers.of(self.pages.layout, sharding) if self.pages.pinned else None
         self.host: Tier[HostChunk] | None = None  # of recently used chunks in host memory; the engine sets it
         self.device: Tier[DeviceChunk] | None = None  # of recently used chunks on the device; the engine sets it
         self.format = prompt_format
@@ -105,12 +107,16 @@ class ChunkCaches:
         return self._prefix_kv
 
     @cached_property
-    def prefix_pages(self) -> DeviceChunk:
-        """The shared prefix's own cache on the device; an empty prefix takes a page too."""
+    def prefix_chunk(self) -> HostChunk:
+        """The shared prefix's own cache; an empty prefix takes a page too."""
         kv = self.prefix_kv()
-        chunk = self.pages.filled(kv) if kv.shape[3] else self.pages.empty(1)
-        put = jax.device_put([[page.array for page in pages] for pages in chunk.blocks], self.pages.sharding)
-        return jax.block_until_ready(put)
+        return self.pages.filled(kv) if kv.shape[3] else self.pages.empty(1)
+
+    @cached_property
+    def prefix_pages(self) -> DeviceChunk:
+        """The shared prefix's own cache on the device."""
+        blocks = [[page.array for page in pages] for pages in self.prefix_chunk.blocks]
+        return jax.block_until_ready(jax.device_put(blocks, self.pages.sharding))
 
     def encode(self, passages: Sequence[Passage], behind: Behind) -> Iterator[tuple[Passage, np.ndarray]]:
         """Encode passages, batched; nothing is stored."""

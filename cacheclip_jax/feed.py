@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from threading import Event
 
 import jax
@@ -14,7 +15,7 @@ from cacheclip_jax.assemble import Placement, placement
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import Behind, ChunkCaches, DeviceChunk, Fetched
 from cacheclip_jax.clock import Clock
-from cacheclip_jax.loader import PageLoader
+from cacheclip_jax.loader import BlockLoader, Copier, PageCopies, RowCopies
 from cacheclip_jax.store import Passage
 
 AHEAD_BYTES = 1 << 30  # of a request's caches on the device before their turn
@@ -24,7 +25,8 @@ class Feed:
     """The rows of a request's prefix and chunks, and where in them each slot's lie.
 
     Chunks that lie in the device tier are used there; the others are fetched and loaded, and kept in the tier where
-    there is one.
+    there is one. Rows come from pages that are joined on the device, or on a GPU without a device tier from a buffer
+    that the pages were copied to.
     """
 
     def __init__(self, caches: ChunkCaches, passages: Sequence[Passage], lengths: Sequence[int], behind: Behind,
@@ -35,7 +37,7 @@ class Feed:
         A chunk that isn't `wanted` (all its tokens are recomputed anyway) is left out. `accounting` hears of hits,
         misses and repairs. The copies of the feed `after` go first.
         """
-        layout, sharding = caches.pages.layout, caches.pages.sharding
+        cfg, layout, sharding = caches.model.config, caches.pages.layout, caches.pages.sharding
         wanted = [True] * len(passages) if wanted is None else wanted
         self.blocks = [range(b.start, min(b.stop, depth)) for b in layout.blocks if b.start < depth]
         self._tier, self._prefix = caches.device, caches.prefix_pages
@@ -48,19 +50,34 @@ class Feed:
         self._loaded, self._loader = [i for i, needed in enumerate(load) if needed], None
         accounting.hits += sum(wanted) - len(self._loaded)
         tokens = [caches.prefix_kv().shape[3], *lengths]
-        pages = [len(self._prefix[0]), *(w * layout.pages(n) for n, w in zip(lengths, wanted, strict=True))]
-        self._count = bucket(sum(pages), 4)
+        here = [n if w else 0 for n, w in zip(tokens, (True, *wanted), strict=True)]
+        self._joined = caches.buffers is None or self._tier is not None or not self._loaded
+        if self._joined:
+            pages = [len(self._prefix[0]), *map(layout.pages, here[1:])]
+            self._count = bucket(sum(pages), 4)
+            sizes, total = [layout.rows * n for n in pages], layout.rows * self._count
+        else:
+            sizes, total = [layout.token_rows * n for n in here], layout.token_rows * bucket(sum(here), 256, steps=32)
+        offsets = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
         if self._loaded:
             found = caches.fetch(passages, behind, clock, load)
             accounting.absorb(found)
-            block_bytes = self._count * max(map(layout.nbytes, layout.blocks))
-            self._loader = PageLoader(
-                pool, sharding, [s for s in found.sources if s is not None], len(self.blocks),
-                max(2, AHEAD_BYTES // block_bytes),
-                repair=lambda i, e: caches.repair(passages, behind, accounting, self._loaded[i], e),
+            sources = [source for source in found.sources if source is not None]
+            block_bytes = total * layout.nbytes(layout.blocks[0]) // layout.rows
+            ahead = min(len(self.blocks), max(2, AHEAD_BYTES // block_bytes))
+            parts = [i + 1 for i in self._loaded]
+            if self._joined:
+                copier: Copier = PageCopies(sharding, ahead)
+            else:
+                assert caches.buffers is not None
+                sources, parts = [caches.prefix_chunk, *sources], [0, *parts]
+                copier = RowCopies(caches.buffers, total, ahead, [offsets[i] for i in parts], [sizes[i] for i in parts])
+            self._loader = BlockLoader(
+                pool, copier, sources, len(self.blocks), ahead,
+                repair=lambda i, e: caches.repair(passages, behind, accounting, parts[i] - 1, e),
                 after=after.sent_all if after else None)
-        offsets = [layout.rows * sum(pages[:i]) if n else -1 for i, n in enumerate(pages)]
-        self.where: Placement = jax.device_put(placement(caches.model.config, slots, tokens, offsets), sharding)
+        starts = [at if n else -1 for at, n in zip(offsets, here, strict=True)]
+        self.where: Placement = jax.device_put(placement(cfg, slots, tokens, starts), sharding)
 
     @property
     def sent_all(self) -> Event | None:
@@ -70,7 +87,10 @@ class Feed:
     def take(self, number: int) -> jax.Array:
         """The rows [B, R, H] of the layers `blocks[number]`, each once, in order. Raises what went wrong in loading."""
         if self._loader is not None:
-            for i, pages in zip(self._loaded, self._loader.take(number), strict=True):
+            loaded = self._loader.take(number)
+            if not self._joined:
+                return loaded
+            for i, pages in zip(self._loaded, loaded, strict=True):
                 self._chunks[i].append(pages)
         pages = [page for chunk in (self._prefix, *self._chunks) if chunk for page in chunk[number]]
         for i in self._loaded:

@@ -7,44 +7,106 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Sharding
 
+from cacheclip_jax.copies import RowBuffers
 from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.pages import HostChunk
 
 Source = HostChunk | Future  # of a HostChunk
 
 
-class PageLoader:
-    """Copies chunk caches to the device in a thread of its own: all pages of a block of layers with one call.
+class Copier(Protocol):
+    """A way to the device."""
+
+    def send(self, number: int, chunks: Sequence[HostChunk]) -> Any:
+        """Copy a block of layers; what it returns may be computed with at once. The copy of the block `ahead` before
+        isn't read any more."""
+
+    def finish(self) -> None:
+        """Wait until no copy reads the host's pages."""
+
+    def computed(self) -> None:
+        """Hear that the device has read every block."""
+
+
+class PageCopies:
+    """Every page becomes an array on the device, all of a block with one call; gives each chunk's pages."""
+
+    def __init__(self, sharding: Sharding, ahead: int):
+        self._sharding = sharding
+        self._under_way: deque[list[jax.Array]] = deque(maxlen=ahead)
+
+    def send(self, number: int, chunks: Sequence[HostChunk]) -> list[list[jax.Array]]:
+        """Start to copy a block's pages."""
+        self._under_way.append(jax.device_put([page.array for c in chunks for page in c.blocks[number]],
+                                              self._sharding))
+        copies = iter(self._under_way[-1])
+        return [[next(copies) for _ in chunk.blocks[number]] for chunk in chunks]
+
+    def finish(self) -> None:
+        """Wait for the copies."""
+        jax.block_until_ready(self._under_way)
+
+    def computed(self) -> None:
+        """Let go of the pages."""
+        self._under_way.clear()
+
+
+class RowCopies:
+    """Pages are copied to where their rows lie in a buffer on the device; gives the buffer."""
+
+    def __init__(self, buffers: RowBuffers, size: int, ahead: int, offsets: Sequence[int], rows: Sequence[int]):
+        self._buffers, self._offsets, self._rows = buffers, offsets, rows
+        self._ring = buffers.borrow(size, ahead)
+
+    def send(self, number: int, chunks: Sequence[HostChunk]) -> jax.Array:
+        """Copy a block's pages."""
+        self._buffers.stream.enter()
+        buffer = self._ring[number % len(self._ring)]
+        self._buffers.fill(buffer, number, chunks, self._offsets, self._rows)
+        return buffer
+
+    def finish(self) -> None:
+        """Wait for the copies."""
+        self._buffers.stream.wait()
+
+    def computed(self) -> None:
+        """Give the buffers back."""
+        self._buffers.give_back(self._ring)
+
+
+class BlockLoader:
+    """Sends chunk caches block by block from a thread of its own.
 
     `ahead` blocks at most lie on the device before their turn, which bounds what loading adds to its memory; `computed`
     says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged. No
     copy is started before `after` is set.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, sharding: Sharding, sources: Sequence[Source], blocks: int, ahead: int,
-                 repair: Callable[[int, ChunkCorrupt], HostChunk], after: Event | None = None):
+    def __init__(self, pool: ThreadPoolExecutor, copier: Copier, sources: Sequence[Source], blocks: int,
+                 ahead: int, repair: Callable[[int, ChunkCorrupt], HostChunk], after: Event | None = None):
         self.sent_all = Event()
-        self._sources, self._sharding, self._ahead, self._repair = sources, sharding, ahead, repair
+        self._copier, self._sources, self._ahead, self._repair = copier, sources, ahead, repair
         self._sent = [Event() for _ in range(blocks)]
-        self._pages: list[list[list[jax.Array]]] = [[] for _ in range(blocks)]
+        self._given: list[Any] = [None] * blocks
         self._error: BaseException | None = None
         self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each block computed one that is ready then
         pool.submit(self._run, after)
 
-    def take(self, number: int) -> list[list[jax.Array]]:
-        """Each source's pages of a block, as soon as their copies are under way. Each block can be taken once.
+    def take(self, number: int) -> Any:
+        """What the copier gives for a block, as soon as it does. Each block can be taken once.
 
         Raises what went wrong, but for damaged chunks, which are repaired.
         """
         self._sent[number].wait()
-        pages, self._pages[number] = self._pages[number], []
-        if not pages:
+        given, self._given[number] = self._given[number], None
+        if given is None:
             raise self._error or RuntimeError(f"block {number} was taken already")
-        return pages
+        return given
 
     def computed(self, mark: jax.Array) -> None:
         """Tell that the next block was dispatched; `mark` is ready when it's done, and no later program is given it."""
@@ -61,23 +123,26 @@ class PageLoader:
         self._marks.put(None)
 
     def _run(self, after: Event | None) -> None:
-        under_way: deque[list[jax.Array]] = deque(maxlen=self._ahead)
+        chunks: list[HostChunk] = []  # held until no copy reads them
         try:
-            chunks = [self._chunk(i, source) for i, source in enumerate(self._sources)]
+            chunks += [self._chunk(i, source) for i, source in enumerate(self._sources)]
             if after is not None:
                 after.wait()
             for number, sent in enumerate(self._sent):
-                if number >= self._ahead and not self._turn_has_come():
-                    raise RuntimeError("loading was stopped")
-                pages = [page.array for chunk in chunks for page in chunk.blocks[number]]
-                under_way.append(jax.device_put(pages, self._sharding))
-                copies = iter(under_way[-1])
-                self._pages[number] = [[next(copies) for _ in chunk.blocks[number]] for chunk in chunks]
+                if number >= self._ahead:
+                    self._mark().block_until_ready()
+                self._given[number] = self._copier.send(number, chunks)
                 sent.set()
             self.sent_all.set()
+            self._copier.finish()
+            chunks.clear()
+            for _ in range(min(self._ahead, len(self._sent))):
+                last = self._mark()
+            last.block_until_ready()
+            self._copier.computed()
         except BaseException as e:
             self._fail(e)
-        jax.block_until_ready(under_way)  # `chunks` lets go of the host's pages only then: they may be used again
+            self._copier.finish()
 
     def _chunk(self, index: int, source: Source) -> HostChunk:
         try:
@@ -85,9 +150,8 @@ class PageLoader:
         except ChunkCorrupt as e:
             return self._repair(index, e)
 
-    def _turn_has_come(self) -> bool:
-        """Wait until the device has come a block further."""
+    def _mark(self) -> jax.Array:
+        """The mark of the next block that was dispatched; raises when loading was stopped."""
         if (mark := self._marks.get()) is None:
-            return False
-        mark.block_until_ready()
-        return True
+            raise RuntimeError("loading was stopped")
+        return mark

@@ -62,10 +62,13 @@ def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Fe
         rows = feed.take(number)
         x, layers = reuse_span(x, model.params.layers[block.start : block.stop], cfg, positions, rows, feed.where,
                                model.attention.name)
-        feed.computed(layers[-1][0])
         done += layers
+        if number < len(feed.blocks) - 1:
+            feed.computed(layers[-1][0])
     clock.watch("load", rows)
-    return last_logits(model.params, cfg, x, last), KVCache(*zip(*done, strict=True))
+    logits = last_logits(model.params, cfg, x, last)
+    feed.computed(logits)
+    return logits, KVCache(*zip(*done, strict=True))
 
 
 def full_prefill(model: Model, ids: np.ndarray, slots: int) -> tuple[jax.Array, KVCache]:

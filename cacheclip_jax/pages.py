@@ -17,8 +17,7 @@ from jaxtyping import Float, UInt8
 from cacheclip_jax.model.config import ModelConfig
 
 PAGE_TOKENS = 256
-# Of a page: from pinned memory of an H100's host, pages of 1 MB reach the device at 26 GB/s, of 2 MB at 44, of 4 at 48.
-PAGE_BYTES = 3 << 20
+PAGE_BYTES = 2 << 20  # at least: as arrays from pinned memory, pages of 1 MB reach an H100 at 26 GB/s, of 2 MB at 44
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,24 @@ class PageLayout:
     """
 
     blocks: tuple[range, ...]
-    rows: int
+    token_rows: int
     head_dim: int
     dtype: np.dtype
 
     @classmethod
     def of(cls, cfg: ModelConfig, dtype: np.dtype, layers: int | None = None) -> PageLayout:
         """The layout for a model: blocks of `layers` layers, or of as many as make a page worth its copy."""
-        rows = 2 * cfg.num_kv_heads * PAGE_TOKENS
-        layers = layers or -(-PAGE_BYTES // (rows * cfg.head_dim * dtype.itemsize))
+        token_rows = 2 * cfg.num_kv_heads
+        layers = layers or -(-PAGE_BYTES // (token_rows * PAGE_TOKENS * cfg.head_dim * dtype.itemsize))
         count = max(1, round(cfg.num_layers / layers))
         size = -(-cfg.num_layers // count)
         blocks = tuple(range(first, min(first + size, cfg.num_layers)) for first in range(0, cfg.num_layers, size))
-        return cls(blocks, rows, cfg.head_dim, dtype)
+        return cls(blocks, token_rows, cfg.head_dim, dtype)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a page: `token_rows` for each of its tokens."""
+        return self.token_rows * PAGE_TOKENS
 
     def pages(self, tokens: int) -> int:
         """Pages of a block that so many tokens take."""

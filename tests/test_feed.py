@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, ChunkStore, Passage, caches, feed, online, pages
+from cacheclip_jax import CacheClip, ChunkStore, Passage, caches, copies, feed, online, pages
 from cacheclip_jax.errors import StoreError
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.pages import HostPages, PageLayout
 from cacheclip_jax.tier import Tier
-from tests.conftest import max_diff, stacked
+from tests.conftest import TINY, max_diff, stacked
 from tests.test_engine import QUESTION, TEXTS
 
 
@@ -30,10 +32,28 @@ def store(models):
     return opened
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+class CopyOnHost:
+    """A CUDA stream's part, done by the CPU, whose memory stands for the device's."""
+
+    def __init__(self, device):
+        pass
+
+    def enter(self):
+        pass
+
+    wait = enter
+
+    def copy(self, source, source_pitch, target, target_pitch, width, height):
+        for n in range(height):
+            ctypes.memmove(target + n * target_pitch, source + n * source_pitch, width)
+
+
+@pytest.fixture(params=["cpu", "gpu", "cuda"])
 def way(request, monkeypatch):
-    """How a CPU's or a GPU's caches travel: from pages that are used once, or again and again, a block at a time."""
-    if request.param == "gpu":
+    """How caches travel: from pages that are used once, on a GPU again and again, with CUDA straight to their place."""
+    monkeypatch.setattr(copies, "driver", lambda: request.param == "cuda")
+    if request.param != "cpu":
+        monkeypatch.setattr(copies, "Stream", CopyOnHost)
         for module in (caches, pages):
             monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
         monkeypatch.setattr(pages, "PAGE_BYTES", 1)
@@ -59,6 +79,7 @@ def test_where_a_chunk_comes_from_never_changes_a_bit(models, store, tokens, met
     plain = CacheClip(*models, store, host_bytes=0)
     size = sum(m.config.kv_values_per_token * 4 for m in models)
     tiered = CacheClip(*models, store, device_bytes=tokens * size, host_bytes=1200 * size)
+    assert (plain.primary.buffers is not None) == (way == "cuda")
     for chunks in REQUESTS:
         expected, got = (prefilled(c, chunks, method) for c in (plain, tiered))
         assert max_diff(expected.logits, got.logits) == 0
@@ -142,10 +163,8 @@ def test_what_was_read_lies_in_host_memory_for_the_next_request(models, store, m
 
 
 def test_pages_are_made_for_copies_worth_their_call(models):
-    from dataclasses import replace
 
-    from tests.conftest import TINY
     cfg = replace(TINY["qwen2"], num_layers=28, num_kv_heads=4, head_dim=128)
     layout = PageLayout.of(cfg, np.dtype(jnp.bfloat16))
-    assert [len(b) for b in layout.blocks] == [6, 6, 6, 6, 4] or [len(b) for b in layout.blocks] == [7] * 4
-    assert all(layout.nbytes(b) >= 2 << 20 for b in layout.blocks) and layout.pages(257) == 2
+    assert [len(block) for block in layout.blocks] == [4] * 7
+    assert layout.nbytes(layout.blocks[0]) == 2 << 20 and layout.pages(257) == 2

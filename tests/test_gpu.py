@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cacheclip_jax import CacheClip, ChunkStore, Passage
 from cacheclip_jax.assemble import KVCache, empty
 from cacheclip_jax.attention import choose
+from cacheclip_jax.model.load import load_model
 from cacheclip_jax.model.params import init
 from cacheclip_jax.recompute import embed_rows, fresh_span, last_logits, recompute
 from tests.conftest import TINY, assembled, max_diff, random_prompt
@@ -57,3 +59,21 @@ def test_ratio_one_and_one_chunk_at_ratio_zero_equal_full_prefill(model):
     nothing = np.arange(len(ids) - len(question), len(ids))
     stale = rows(params, cfg, ids[nothing], nothing, assembled(params, cfg, prefix, chunks, 1024), how)
     assert max_diff(stale, expected) > limit
+
+
+@pytest.mark.parametrize("device_bytes", [0, 1 << 26])
+def test_pages_reach_the_gpu_bit_for_bit_however_they_travel(pair, device_bytes):
+    models = tuple(load_model(path, dtype="bfloat16") for path in pair)
+    store = ChunkStore.open("memory://gpu")
+    texts = [f"{n} " + "the cat sat on the mat and looked at the moon " * (3 * n + 1) for n in range(9)]
+    clip = CacheClip(*models, store, device_bytes=device_bytes)
+    clip.index(map(Passage.make, texts))
+    assert clip.primary.buffers is not None
+    bare = CacheClip(*models, store, host_bytes=0)
+    bare.primary.buffers = bare.aux.buffers = None
+    for chunks in (texts, texts[::-1], texts[:1], texts[3:7], texts, texts[::-1]):
+        expected, got = (c.prefill("what did the cat look at?", chunks) for c in (bare, clip))
+        np.testing.assert_array_equal(np.asarray(expected.logits), np.asarray(got.logits))
+        used = len(expected.prompt.ids)
+        for a, b in zip(expected.cache.k + expected.cache.v, got.cache.k + got.cache.v, strict=True):
+            np.testing.assert_array_equal(np.asarray(a)[:, :used], np.asarray(b)[:, :used])

@@ -1,0 +1,114 @@
+"""Copies from pinned pages to where their rows lie on a GPU, through CUDA's driver.
+
+An array for each page would cost the runtime tens of microseconds and several callbacks, which hold the driver's lock
+while programs are launched. Here a page is one call of a few microseconds, and rows needn't be put together afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from cacheclip_jax.pages import HostChunk, PageLayout
+
+_HOST, _DEVICE, _NON_BLOCKING = 1, 2, 1
+
+
+class _Memcpy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D of the driver's interface."""
+
+    _fields_ = [(f"{end}{name}", kind) for end in ("src", "dst") for name, kind in (
+        ("XInBytes", ctypes.c_size_t), ("Y", ctypes.c_size_t), ("MemoryType", ctypes.c_int), ("Host", ctypes.c_void_p),
+        ("Device", ctypes.c_uint64), ("Array", ctypes.c_void_p), ("Pitch", ctypes.c_size_t))] + [
+        ("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]
+
+
+@cache
+def driver(keep_lock: bool = False) -> Any:
+    """CUDA's driver; with `keep_lock`, calls that keep Python's lock, for those that don't wait. None without CUDA."""
+    try:
+        return (ctypes.PyDLL if keep_lock else ctypes.CDLL)("libcuda.so.1")
+    except OSError:
+        return None
+
+
+class Stream:
+    """A CUDA stream of one device, beside those of the runtime."""
+
+    def __init__(self, device: jax.Device):
+        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        _check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device.local_hardware_id)
+        self.enter()
+        _check("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
+
+    def enter(self) -> None:
+        """Let the calling thread use this stream."""
+        _check("cuCtxSetCurrent", self._context)
+
+    def copy(self, source: int, source_pitch: int, target: int, target_pitch: int, width: int, height: int) -> None:
+        """Start to copy `height` runs of `width` bytes from pinned memory to the device, a pitch apart on each side."""
+        _check("cuMemcpy2DAsync_v2", ctypes.byref(_Memcpy2D(
+            srcMemoryType=_HOST, srcHost=source, srcPitch=source_pitch, dstMemoryType=_DEVICE, dstDevice=target,
+            dstPitch=target_pitch, WidthInBytes=width, Height=height)), self._stream, keep_lock=True)
+
+    def wait(self) -> None:
+        """Wait until every copy is done."""
+        _check("cuStreamSynchronize", self._stream)
+
+
+def _check(name: str, *args: Any, keep_lock: bool = False) -> None:
+    if code := getattr(driver(keep_lock), name)(*args):
+        raise RuntimeError(f"CUDA's driver says {code} to {name}: copies to the GPU don't work")
+
+
+class RowBuffers:
+    """Arrays [B, R, H] on the device that rows are copied into, used again and again: new ones would be cleared first.
+
+    Whoever borrows some gives them back when no program reads them any more; what isn't given back is forgotten.
+    """
+
+    kept_sizes = 2
+
+    def __init__(self, layout: PageLayout, sharding: Sharding, stream: Stream):
+        self.layout, self.stream, self._sharding = layout, stream, sharding
+        self._free: defaultdict[int, list[jax.Array]] = defaultdict(list)  # by R
+
+    @classmethod
+    def of(cls, layout: PageLayout, sharding: Sharding) -> RowBuffers | None:
+        """Buffers on one device; None where there is no CUDA."""
+        (device,) = sharding.device_set
+        return cls(layout, sharding, Stream(device)) if driver() else None
+
+    def borrow(self, rows: int, count: int) -> list[jax.Array]:
+        """`count` arrays of `rows` rows for each layer of a block."""
+        free, shape = self._free[rows], (len(self.layout.blocks[0]), rows, self.layout.head_dim)
+        found = [free.pop() for _ in range(min(count, len(free)))]
+        new = [jnp.zeros(shape, self.layout.dtype, device=self._sharding) for _ in range(count - len(found))]
+        return found + jax.block_until_ready(new)
+
+    def give_back(self, buffers: Sequence[jax.Array]) -> None:
+        """Return borrowed arrays; the sizes borrowed last are kept."""
+        rows = buffers[0].shape[1]
+        self._free[rows] = [*self._free.pop(rows, []), *buffers]
+        while len(self._free) > self.kept_sizes:
+            del self._free[next(iter(self._free))]
+
+    def fill(self, buffer: jax.Array, block: int, chunks: Sequence[HostChunk], offsets: Sequence[int],
+             rows: Sequence[int]) -> None:
+        """Copy a block of layers of chunks to `buffer`, `rows[i]` rows a layer to row `offsets[i]`; waits for it."""
+        row_bytes = self.layout.head_dim * self.layout.dtype.itemsize
+        start, pitch = buffer.unsafe_buffer_pointer(), buffer.shape[1] * row_bytes
+        for chunk, offset, count in zip(chunks, offsets, rows, strict=True):
+            target, left = start + offset * row_bytes, count * row_bytes
+            for page in chunk.blocks[block]:
+                height, size = page.layers.shape
+                self.stream.copy(page.layers.ctypes.data, size, target, pitch, min(left, size), height)
+                target, left = target + size, left - size
+        self.stream.wait()
