@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Literal
 
 import jax
 import numpy as np
@@ -20,12 +19,12 @@ from cacheclip_jax.loader import Source
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.pages import HostChunk, HostPages, PageLayout, platform_of
+from cacheclip_jax.plan import Behind
 from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.store import ChunkStore, Passage, PendingKV, Space
 from cacheclip_jax.store.quantize import round_trip
 from cacheclip_jax.tier import Tier
 
-Behind = Literal["shared", "none"]
 DeviceChunk = list[list[jax.Array]]  # the pages of each block of layers
 
 # Blocks of a CPU's layers: a larger program takes long to compile, and copies are cheap however small.
