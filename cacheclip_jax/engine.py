@@ -305,8 +305,8 @@ class CacheClip:
             raise BadInput("the method cacheclip needs an aux model: load one with aux=..., or choose another method")
         model, started = self.aux.model, time.perf_counter()
         own = self.aux.prompt(passages, question)
-        _check_length(own, 0, model.config.max_positions, f"the aux model {model.name}")
-        slots, feed = bucket(len(own.ids), 256), None
+        _check_length(own, scoring.look_ahead, model.config.max_positions, f"the aux model {model.name}")
+        slots, feed = bucket(len(own.ids) + scoring.look_ahead, 256), None
         if scoring.context == "cached":
             feed = Feed(self.aux, passages, own.chunk_lengths, "shared", slots,
                         scoring.depth(model.config.num_layers), self._pool, clock, accounting)

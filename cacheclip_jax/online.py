@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from cacheclip_jax.assemble import KVCache
-from cacheclip_jax.bucket import bucket
+from cacheclip_jax.bucket import ROW_STEPS, bucket
 from cacheclip_jax.caches import ChunkCaches
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.feed import Feed
@@ -17,9 +17,8 @@ from cacheclip_jax.methods import Plan
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import SPAN, choose_rows, embed_rows, fresh_span, last_logits, reuse_span
-from cacheclip_jax.score import Scoring, score, score_span
-
-ROW_STEPS = 32  # sizes per doubling of the number of rows: padding costs at most 3% of the compute
+from cacheclip_jax.refine import refine
+from cacheclip_jax.score import Scoring, embed_and_score, layer_mean, score, score_span
 
 
 def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots: int, feed: Feed | None) -> jax.Array:
@@ -28,18 +27,28 @@ def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots
     model, cfg, on = caches.model, caches.model.config, caches.staging.sharding
     ids, positions = padded(prompt.question, prompt.question_start + np.arange(len(prompt.question)), minimum=16)
     last, how = np.int32(len(prompt.question) - 1), model.attention.name
+    key, weights = scoring.key, scoring.weights(cfg)
+    further = bool(scoring.second_pass or scoring.look_ahead)
     if feed is None:
         _, cache = full_prefill(model, prompt.ids[: prompt.question_start], slots)
-        return score(model.params, cfg, scoring, ids, positions, last, cache, how)
+        if not further:
+            return score(model.params, cfg, key, ids, positions, last, cache, how, weights)
+        x, scores, cache = embed_and_score(model.params, cfg, key, ids, positions, last, cache, how, weights)
+        return refine(model, prompt, scoring, (ids, positions, last), x, scores, cache)
     ids, positions, last, total = jax.device_put((ids, positions, last, np.zeros(slots, np.float32)), on)
-    x = embed_rows(model.params, ids)
+    x, kept = embed_rows(model.params, ids), []
     wanted = scoring.layer_indices(cfg.num_layers)
     for number, block in enumerate(feed.blocks):
-        scored = tuple(layer in wanted for layer in block)
-        x, total = score_span(x, model.params.layers[block.start : block.stop], cfg, scoring, scored, positions, last,
-                              feed.take(number), feed.where, total, how)
+        scored, span = tuple(layer in wanted for layer in block), slice(block.start, block.stop)
+        x, total, layers = score_span(x, model.params.layers[span], cfg, key, scored, positions, last,
+                                      feed.take(number), feed.where, total, how,
+                                      None if weights is None else weights[span], further)
         feed.computed(total)
-    return total / len(wanted)
+        kept += layers
+    scores = layer_mean(total, weights, len(wanted))
+    if not further:
+        return scores
+    return refine(model, prompt, scoring, (ids, positions, last), x, scores, KVCache(*zip(*kept, strict=True)))
 
 
 def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Feed, clock: Clock

@@ -81,6 +81,10 @@ class Selected:
     mask: Bool[Array, "C"]
     at_most: int | None
 
+    def count(self) -> int:
+        """Tokens selected, or what bounds them; waits for the device only where nothing does."""
+        return int(np.asarray(self.mask).sum()) if self.at_most is None else self.at_most
+
 
 def select_on_device(scores: np.ndarray | jax.Array, chunk_lengths: Sequence[int], budget: Budget,
                      grouping: Groups | Windows = Groups()) -> Selected:
