@@ -7,7 +7,7 @@ after the first pass without waiting for it: the selection of the second pass, a
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from cacheclip_jax.score import Scoring, context_scores, embed_and_score, score_
 from cacheclip_jax.select import Budget, select_on_device
 
 
-def refine(model: Model, prompt: Prompt, scoring: Scoring, question: tuple[jax.Array, jax.Array, jax.Array],
+def refine(model: Model, prompt: Prompt, scoring: Scoring, question: tuple[Any, Any, Any],
            x: Float[Array, "T D"], scores: Float[Array, "S"], cache: KVCache) -> Float[Array, "S"]:
     """The scores of a first pass after the scoring's second pass and look-ahead.
 

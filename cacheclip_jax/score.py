@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +182,7 @@ def score_rows(params: Params, cfg: ModelConfig, scoring: Scoring, x: Float[Arra
     return x, layer_mean(total, weights, len(wanted)), KVCache(*zip(*kept, strict=True))
 
 
-def layer_mean(total: Float[Array, "S"], weights: Float[Array, "L N"] | None, layers: int) -> Float[Array, "S"]:
+def layer_mean(total: Float[Array, "S"], weights: Float[Any, "L N"] | None, layers: int) -> Float[Array, "S"]:
     """The mean of what so many layers added up; head weights make the sum itself the score."""
     return total / layers if weights is None else total
 
