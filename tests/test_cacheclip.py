@@ -91,7 +91,7 @@ def test_even_head_weights_score_as_the_mean(same):
 def test_drafted_tokens_count_against_the_aux_model_s_positions(models):
     clip = CacheClip(models[0], models[0], ChunkStore.open("memory://cacheclip-long"))
     limit = models[0].config.max_positions
-    with pytest.raises(ContextTooLong, match=f"answer {limit}"):
+    with pytest.raises(ContextTooLong, match=f"look_ahead={limit}.*the limit is {limit}"):
         clip.prefill(QUESTION, TEXTS[:1], method=AuxGuided(scoring=Scoring(look_ahead=limit)))
 
 

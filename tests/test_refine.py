@@ -11,6 +11,7 @@ from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.refine import look_ahead, refine
 from cacheclip_jax.score import Scoring, embed_and_score, score
 from cacheclip_jax.select import Budget, select
+from cacheclip_jax.side import bucketed
 from tests.conftest import assembled, full_prefill, max_diff, random_prompt, rows
 from tests.test_score import asked_over_cache, attention_by_hand
 
@@ -37,9 +38,11 @@ def prompt_of(parts) -> Prompt:
                   question)
 
 
-def model_of(params, cfg, ends=()):
-    return SimpleNamespace(params=params, config=cfg, attention=SimpleNamespace(name="blocked"),
-                           tokenizer=SimpleNamespace(eos_ids=ends))
+def side_of(params, cfg, parts) -> SimpleNamespace:
+    """What refining looks at of a model's side."""
+    model = SimpleNamespace(params=params, config=cfg, attention=SimpleNamespace(name="blocked"), name="tiny",
+                            tokenizer=SimpleNamespace(eos_ids=()))
+    return SimpleNamespace(model=model, prompt=prompt_of(parts), sharding=params.embed.sharding, rows=bucketed)
 
 
 @pytest.mark.parametrize("drafts", ["mean", "max"])
@@ -80,7 +83,7 @@ def test_a_second_pass_scores_over_the_cache_that_the_aux_repaired(qwen2, look_a
     scoring = Scoring(second_pass=0.6, look_ahead=look_ahead_tokens)
     asked, (x, scores, cache) = first_pass(params, cfg, parts, scoring)
     first = np.asarray(scores)
-    refined = refine(model_of(params, cfg), prompt_of(parts), scoring, tuple(asked), x, scores, cache)
+    refined = refine(side_of(params, cfg, parts), scoring, tuple(asked), x, scores, cache)
 
     mask = select(first[5:55], [30, 20], Budget(ratio=0.6))
     chosen = 5 + np.flatnonzero(mask)
@@ -99,10 +102,24 @@ def test_a_second_pass_of_the_whole_context_scores_as_a_prefill_of_all_does(qwen
     parts = random_prompt(cfg, PARTS)
     scoring = Scoring(second_pass=1.0)
     asked, (x, scores, cache) = first_pass(params, cfg, parts, scoring)
-    refined = refine(model_of(params, cfg), prompt_of(parts), scoring, tuple(asked), x, scores, cache)
+    refined = refine(side_of(params, cfg, parts), scoring, tuple(asked), x, scores, cache)
     ids = np.concatenate(parts)
     late = attention_by_hand(params, cfg, ids, scoring.layer_indices(cfg.num_layers)[0])[-1].mean(0)
     assert max_diff(refined[: len(ids)], late) < 1e-5
+
+
+def test_drafted_tokens_find_room_where_the_cache_has_none_left(qwen2):
+    cfg, params = qwen2
+    parts = random_prompt(cfg, (5, 30, 9))
+    scoring = Scoring(look_ahead=6)
+
+    def refined(slots):
+        *asked, cache = asked_over_cache(params, cfg, parts[:-1], parts[-1], slots)
+        x, scores, cache = embed_and_score(params, cfg, scoring.key, *asked, cache)
+        return refine(side_of(params, cfg, parts), scoring, tuple(asked), x, scores, cache)
+
+    assert len(refined(45)) == 45
+    assert max_diff(refined(45)[:44], refined(128)[:44]) < 1e-6
 
 
 def test_look_ahead_needs_all_layers_and_other_scorings_only_those_scored():

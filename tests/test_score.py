@@ -128,7 +128,8 @@ def test_layer_names_resolve_as_documented():
 
 @pytest.mark.parametrize("wrong", [{"rows": "median"}, {"heads": "sum"}, {"context": "none"}, {"layers": "early"},
                                    {"rows": 0}, {"drafts": "last"}, {"look_ahead": -1}, {"second_pass": 1.5},
-                                   {"second_pass": 0.1, "context": "joint"}, {"head_weights": ((-1.0,),)},
+                                   {"second_pass": 0.1, "context": "joint"}, {"look_ahead": 2, "context": "alone"},
+                                   {"rows": 2, "context": "alone"}, {"head_weights": ((-1.0,),)},
                                    {"heads": "max", "head_weights": ((1.0,),)}])
 def test_an_unknown_setting_is_refused_by_name(wrong):
     name, value = next(iter(wrong.items()))

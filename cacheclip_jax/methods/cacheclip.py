@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Groups
-from cacheclip_jax.methods.method import Caches, Plan, Request
+from cacheclip_jax.plan import Caches, Plan
 from cacheclip_jax.ranking import Ranking, rank
+from cacheclip_jax.request import Request
 from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import Budget, select_on_device
 
