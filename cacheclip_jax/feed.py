@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from threading import Event
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +30,11 @@ class Feed:
 
     def __init__(self, caches: ChunkCaches, passages: Sequence[Passage], lengths: Sequence[int], behind: Behind,
                  slots: int, depth: int, pool: ThreadPoolExecutor, clock: Clock, accounting: Fetched,
-                 wanted: Sequence[bool] | None = None, after: Feed | None = None):
+                 wanted: Sequence[bool] | None = None, held: bool = False):
         """Start to load the first `depth` layers.
 
         A chunk that isn't `wanted` (all its tokens are recomputed anyway) is left out. `accounting` hears of hits,
-        misses and repairs. The copies of the feed `after` go first.
+        misses and repairs. With `held`, copies to the device wait for the first `take`; see BlockLoader.
         """
         cfg, layout, sharding = caches.model.config, caches.pages.layout, caches.pages.sharding
         wanted = [True] * len(passages) if wanted is None else wanted
@@ -74,15 +73,9 @@ class Feed:
                 copier = RowCopies(caches.buffers, total, ahead, [offsets[i] for i in parts], [sizes[i] for i in parts])
             self._loader = BlockLoader(
                 pool, copier, sources, len(self.blocks), ahead,
-                repair=lambda i, e: caches.repair(passages, behind, accounting, parts[i] - 1, e),
-                after=after.sent_all if after else None)
+                repair=lambda i, e: caches.repair(passages, behind, accounting, parts[i] - 1, e), held=held)
         starts = [at if n else -1 for at, n in zip(offsets, here, strict=True)]
         self.where: Placement = jax.device_put(placement(cfg, slots, tokens, starts), sharding)
-
-    @property
-    def sent_all(self) -> Event | None:
-        """Set when the last copy is under way; None where nothing is loaded."""
-        return self._loader.sent_all if self._loader else None
 
     def take(self, number: int) -> jax.Array:
         """The rows [B, R, H] of the layers `blocks[number]`, each once, in order. Raises what went wrong in loading."""

@@ -36,8 +36,11 @@ class Groups:
     def sizes(self, chunk_lengths: Sequence[int], chunks: Sequence[Encoded]) -> Int[np.ndarray, "M"]:
         """Tokens of each group, in order of the context."""
         del chunks  # only lengths matter
-        return np.array([min(self.size, length - first) for length in chunk_lengths
-                         for first in range(0, length, self.size)], np.int64)
+        lengths = np.asarray(chunk_lengths, np.int64)
+        groups = -(-lengths // self.size)
+        sizes = np.full(groups.sum(), self.size, np.int64)
+        sizes[np.cumsum(groups)[groups > 0] - 1] = (lengths - (groups - 1) * self.size)[groups > 0]
+        return sizes
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.pages import HostChunk
 
 Source = HostChunk | Future  # of a HostChunk
+HELD_SECONDS = 0.02
 
 
 class Copier(Protocol):
@@ -83,25 +84,29 @@ class BlockLoader:
     """Sends chunk caches block by block from a thread of its own.
 
     `ahead` blocks at most lie on the device before their turn, which bounds what loading adds to its memory; `computed`
-    says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged. No
-    copy is started before `after` is set.
+    says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged. With
+    `held`, no copy is started before the first block is asked for or HELD_SECONDS are over: the small inputs of what
+    comes before it, of scoring and selection, would wait in the bus behind all that is sent.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, copier: Copier, sources: Sequence[Source], blocks: int,
-                 ahead: int, repair: Callable[[int, ChunkCorrupt], HostChunk], after: Event | None = None):
-        self.sent_all = Event()
+                 ahead: int, repair: Callable[[int, ChunkCorrupt], HostChunk], held: bool = False):
+        self._asked = Event()
+        if not held:
+            self._asked.set()
         self._copier, self._sources, self._ahead, self._repair = copier, sources, ahead, repair
         self._sent = [Event() for _ in range(blocks)]
         self._given: list[Any] = [None] * blocks
         self._error: BaseException | None = None
         self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each block computed one that is ready then
-        pool.submit(self._run, after)
+        pool.submit(self._run)
 
     def take(self, number: int) -> Any:
         """What the copier gives for a block, as soon as it does. Each block can be taken once.
 
         Raises what went wrong, but for damaged chunks, which are repaired.
         """
+        self._asked.set()
         self._sent[number].wait()
         given, self._given[number] = self._given[number], None
         if given is None:
@@ -118,22 +123,20 @@ class BlockLoader:
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
-        for event in (*self._sent, self.sent_all):
+        for event in (*self._sent, self._asked):
             event.set()
         self._marks.put(None)
 
-    def _run(self, after: Event | None) -> None:
+    def _run(self) -> None:
         chunks: list[HostChunk] = []  # held until no copy reads them
         try:
             chunks += [self._chunk(i, source) for i, source in enumerate(self._sources)]
-            if after is not None:
-                after.wait()
+            self._asked.wait(HELD_SECONDS)
             for number, sent in enumerate(self._sent):
                 if number >= self._ahead:
                     self._mark().block_until_ready()
                 self._given[number] = self._copier.send(number, chunks)
                 sent.set()
-            self.sent_all.set()
             self._copier.finish()
             chunks.clear()
             for _ in range(min(self._ahead, len(self._sent))):

@@ -98,7 +98,7 @@ class Request:
         started, aux = time.perf_counter(), self.aux
         depth = scoring.depth(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
-        self.primary.begin(feed)
+        self.primary.begin()
         try:
             scores = question_scores(aux, scoring, feed)
         finally:

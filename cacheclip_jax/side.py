@@ -58,8 +58,8 @@ class Side(Protocol):
     def feed(self, behind: Behind, depth: int, wanted: Sequence[bool] | None = None) -> LayerFeed:
         """The caches of at least the first `depth` layers; a chunk that isn't `wanted` may be left out."""
 
-    def begin(self, after: LayerFeed | None) -> None:
-        """Hear that a feed of this side will be asked for, so that it may start to load, after `after` has loaded."""
+    def begin(self) -> None:
+        """Hear that a feed of this side will be asked for, so that it may start to load."""
 
     def rows(self, count: int, stage: Stage) -> int:
         """How many rows, padding included, a program for `count` rows has."""

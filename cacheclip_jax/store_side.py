@@ -45,13 +45,12 @@ class StoreSide:
     def feed(self, behind: Behind, depth: int, wanted: Sequence[bool] | None = None) -> LayerFeed:
         """The feed that was begun, the first time, or a new one."""
         begun, self._begun = self._begun, None
-        return begun or self._load(behind, depth, wanted, None)
+        return begun or self._load(behind, depth, wanted)
 
-    def begin(self, after: LayerFeed | None) -> None:
-        """Start to load all layers of what is reused, once `after` has loaded."""
+    def begin(self) -> None:
+        """Start to load all layers of what is reused."""
         if self._reuses is not None and not self._feeds:
-            assert after is None or isinstance(after, Feed)
-            self._begun = self._load(self._reuses, self.model.config.num_layers, None, after)
+            self._begun = self._load(self._reuses, self.model.config.num_layers, None, held=True)
 
     def rows(self, count: int, stage: Stage) -> int:
         """The bucket that holds `count` rows."""
@@ -66,8 +65,8 @@ class StoreSide:
         for feed in self._feeds:
             feed.stop()
 
-    def _load(self, behind: Behind, depth: int, wanted: Sequence[bool] | None, after: Feed | None) -> Feed:
+    def _load(self, behind: Behind, depth: int, wanted: Sequence[bool] | None, held: bool = False) -> Feed:
         feed = Feed(self._caches, self._passages, self.prompt.chunk_lengths, behind, self.slots, depth, self._pool,
-                    self._clock, self._accounting, wanted, after)
+                    self._clock, self._accounting, wanted, held)
         self._feeds.append(feed)
         return feed

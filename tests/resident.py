@@ -67,7 +67,7 @@ class ResidentSide:
         return ResidentFeed(join(cfg, self.slots, parts, np.float32), jax.tree.map(jnp.asarray, placement(
             cfg, self.slots, [p.shape[3] for p in parts])))
 
-    def begin(self, after) -> None:
+    def begin(self) -> None:
         pass
 
     def rows(self, count: int, stage: str) -> int:
