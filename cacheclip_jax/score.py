@@ -30,18 +30,19 @@ class Scoring:
       the end).
     rows: over question rows, "mean", "max", or "last" (the row that has read the whole question).
     heads: over query heads, "mean" or "max".
-    context: "cached" (question rows over the aux's own chunk caches) or "joint" (the aux prefills the whole prompt
-      first: it sees across chunks, at the price of an aux prefill).
+    context: "cached" (question rows over the model's own chunk caches), "joint" (the model prefills the whole prompt
+      first: it sees across chunks, at the price of a prefill) or "alone" (the question is read behind the prefix only,
+      then its queries meet the chunk caches' keys: see `alone.py`).
     """
 
     layers: Literal["last", "late", "all"] | tuple[int, ...] = "late"
     rows: Literal["mean", "max", "last"] = "last"
     heads: Literal["mean", "max"] = "mean"
-    context: Literal["cached", "joint"] = "cached"
+    context: Literal["cached", "joint", "alone"] = "cached"
 
     def __post_init__(self) -> None:
         for name, allowed in (("rows", ("mean", "max", "last")), ("heads", ("mean", "max")),
-                              ("context", ("cached", "joint"))):
+                              ("context", ("cached", "joint", "alone"))):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if isinstance(self.layers, str) and self.layers not in ("last", "late", "all"):
@@ -57,7 +58,7 @@ class Scoring:
             return tuple(range(num_layers // 2, max(num_layers - 1, num_layers // 2 + 1)))
         chosen = tuple(sorted({int(i) for i in self.layers}))
         if not chosen or any(not -num_layers <= i < num_layers for i in chosen):
-            raise BadInput(f"layers={self.layers}: the aux model has layers 0 to {num_layers - 1}")
+            raise BadInput(f"layers={self.layers}: the model has layers 0 to {num_layers - 1}")
         return tuple(sorted({i % num_layers for i in chosen}))
 
     def depth(self, num_layers: int) -> int:
@@ -135,14 +136,16 @@ def context_scores(scores: Float[Array, "S"], prefix: Int[Array, ""], size: int)
     return jax.lax.dynamic_slice_in_dim(jnp.pad(scores, (0, size)), prefix, size)
 
 
-def attention_weights(q: Float[Array, "T N H"], keys: Float[Array, "K S H"], positions: Int[Array, "T"]
-               ) -> Float[Array, "T N S"]:
-    """Attention weights themselves, zero for padding rows; T is the question's length or 1, so T x S is small here."""
+def attention_weights(q: Float[Array, "T N H"], keys: Float[Array, "K S H"], positions: Int[Array, "T"],
+                      start: int | Int[Array, ""] = 0) -> Float[Array, "T N S"]:
+    """Attention weights themselves over the slots from `start` to each row's position, zero for padding rows; T is the
+    question's length or 1, so T x S is small here."""
     T, N, H = q.shape
     K, S, _ = keys.shape
     s = jnp.einsum("tkgh,ksh->tkgs", q.reshape(T, K, N // K, H), keys, preferred_element_type=jnp.float32,
                    precision=precision(q.dtype)) * H**-0.5
-    seen = (jnp.arange(S) <= positions[:, None])[:, None, None]
+    slot = jnp.arange(S)
+    seen = ((slot >= start) & (slot <= positions[:, None]))[:, None, None]
     weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30), axis=-1), 0)
     return weights.reshape(T, N, S)
 

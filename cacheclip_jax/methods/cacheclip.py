@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cacheclip_jax.methods.method import Caches, Plan, Request
+from cacheclip_jax.plan import Caches, Plan
+from cacheclip_jax.request import Request
 from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import Budget, Groups, Windows, select_on_device
 
