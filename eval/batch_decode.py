@@ -101,7 +101,7 @@ def decode_batch(params: Params, cfg: ModelConfig, start: Start, cache: KVCache,
     def judge(answers, at, logits):
         theirs = jax.nn.log_softmax(reference.logits[:, at])
         kl = (jnp.exp(theirs) * (theirs - jax.nn.log_softmax(logits))).sum(-1)
-        return answers.replace(kl=answers.kl.at[:, at].set(kl),
+        return answers.replace(kl=answers.kl.at[:, at].set(jnp.maximum(kl, 0)),  # rounding, where both are the same
                                same=answers.same.at[:, at].set(logits.argmax(-1) == reference.ids[:, at]))
 
     def answer(answers, at, token, done):

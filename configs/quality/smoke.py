@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
         "primary": "smollm2-135m",
         "aux": "smollm2-135m",
         "dtype": "float32",
-        "tasks": ("niah_single_1", "niah_multikey_2"),
+        "tasks": ({"task": "niah_single_1", "chunk_tokens": 96}, {"task": "niah_multikey_2", "chunk_tokens": 96}),
         "lengths": (768,),
         "methods": defaults.methods((0.1, 0.2)),
         "count": 4,
