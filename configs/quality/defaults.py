@@ -32,7 +32,7 @@ def base() -> ml_collections.ConfigDict:
         "shard": "0/1",  # the part of the samples that this process does, and how many parts there are
         "batch": 32,  # sequences decoded together
         "workers": 12,  # processes that make samples ahead
-        "budget_seconds": 0,  # stop, to be gone on with, after so long; 0: never
+        "budget_seconds": 0.0,  # stop after so long, to be gone on with; 0: never
     })
 
 
