@@ -15,6 +15,7 @@ import numpy as np
 from cacheclip_jax.alone import alone_span
 from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
+from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.plan import Behind, Caches, Plan, Tail
 from cacheclip_jax.prompt import Prompt
@@ -29,7 +30,8 @@ from cacheclip_jax.recompute import (
     narrow_layer,
     reuse_span,
 )
-from cacheclip_jax.score import Scoring, score, score_span
+from cacheclip_jax.refine import refine
+from cacheclip_jax.score import Scoring, embed_and_score, layer_mean, score, score_span
 from cacheclip_jax.side import LayerFeed, Side, bucketed
 
 if TYPE_CHECKING:
@@ -159,28 +161,43 @@ def question_scores(side: Side, scoring: Scoring, feed: LayerFeed | None) -> jax
     without a `feed` over the model's own prefill of the whole prompt."""
     prompt, model, cfg = side.prompt, side.model, side.model.config
     how, start, end = model.attention.name, prompt.question_start, len(prompt.ids)
-    read, positions, span = prompt.question, np.arange(start, end), score_span
+    if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
+        raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
+                             f"{model.name}: the limit is {cfg.max_positions}. Draft fewer, or take shorter chunks.")
+    key, weights, wanted = scoring.key, scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
+    further = bool(scoring.second_pass or scoring.look_ahead)
+    read, positions = prompt.question, np.arange(start, end)
     known: np.int32 | np.ndarray = np.int32(end - start - 1)  # index of the last row
     if scoring.context == "alone":
-        read, span = (*prompt.prefix, *prompt.question), alone_span
+        read = (*prompt.prefix, *prompt.question)
         positions, known = np.arange(len(read)), np.array([len(prompt.prefix), start], np.int32)
     ids, positions = padded(read, positions, side.rows(len(read), "question"))
     if feed is None:
         _, cache = prefill(side, start)
-        return score(model.params, cfg, scoring, ids, positions, known, cache, how)
+        if not further:
+            return score(model.params, cfg, key, ids, positions, known, cache, how, weights)
+        x, scores, cache = embed_and_score(model.params, cfg, key, ids, positions, known, cache, how, weights)
+        return refine(side, scoring, (ids, positions, known), x, scores, cache)
     ids, positions, known, total = jax.device_put((ids, positions, known, np.zeros(side.slots, np.float32)),
                                                   side.sharding)
-    x = embed_rows(model.params, ids)
-    wanted = scoring.layer_indices(cfg.num_layers)
+    x, kept = embed_rows(model.params, ids), []
     for number, block in enumerate(feed.blocks):
-        block = range(block.start, min(block.stop, wanted[-1] + 1))
+        block = range(block.start, min(block.stop, scoring.depth(cfg.num_layers)))
         if not block:
             break
-        scored = tuple(layer in wanted for layer in block)
-        x, total = span(x, model.params.layers[block.start : block.stop], cfg, scoring, scored, positions, known,
-                        feed.take(number), feed.where, total, how)
+        layers, scored = slice(block.start, block.stop), tuple(layer in wanted for layer in block)
+        given = (x, model.params.layers[layers], cfg, key, scored, positions, known, feed.take(number), feed.where,
+                 total, how)
+        if scoring.context == "alone":
+            x, total = alone_span(*given)
+        else:
+            x, total, caches = score_span(*given, None if weights is None else weights[layers], further)
+            kept += caches
         feed.computed(total)
-    return total / len(wanted)
+    scores = layer_mean(total, weights, len(wanted))
+    if not further:
+        return scores
+    return refine(side, scoring, (ids, positions, known), x, scores, KVCache(*zip(*kept, strict=True)))
 
 
 def padded(ids, positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -179,13 +179,21 @@ def recompute(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], positions: I
     slot at or before its own position: stale rows of the cache and fresh ones alike. With every token of a prompt as a
     row this is full prefill, exactly. The cache is donated.
     """
-    x, done = embed_rows(params, ids), []
-    for start in range(0, cfg.num_layers, SPAN):
-        span = slice(start, start + SPAN)
+    x, cache = push_rows(params, cfg, embed_rows(params, ids), positions, cache, how)
+    return last_logits(params, cfg, x, last), cache
+
+
+def push_rows(params: Params, cfg: ModelConfig, x: Rows, positions: Int[Any, "T"], cache: KVCache, how: str = "blocked"
+              ) -> tuple[Rows, KVCache]:
+    """Rows through the layers that the cache has, the first ones of the model, and the repaired cache. `x` and the
+    cache are donated."""
+    done: list[LayerCache] = []
+    for start in range(0, len(cache.k), SPAN):
+        span = slice(start, min(start + SPAN, len(cache.k)))
         caches = tuple(zip(cache.k[span], cache.v[span], strict=True))
         x, repaired = cached_span(x, params.layers[span], cfg, positions, caches, how)
         done += repaired
-    return last_logits(params, cfg, x, last), KVCache(*zip(*done, strict=True))
+    return x, KVCache(*zip(*done, strict=True))
 
 
 def continuation_logits(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], positions: Int[Any, "T"],

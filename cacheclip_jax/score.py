@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,34 +19,73 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.precision import precision
-from cacheclip_jax.recompute import rows_over_cached, rows_over_loaded
+from cacheclip_jax.recompute import LayerCache, rows_over_cached, rows_over_loaded
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How attention becomes a score.
+    """How attention becomes a score. All of it happens over the aux model's own tokens, before a score is mapped to the
+    primary's where the tokenizers differ.
 
     layers: "last", "late" (the second half without the last layer), "all", or layer indices (negative ones count from
       the end).
-    rows: over question rows, "mean", "max", or "last" (the row that has read the whole question).
+    rows: over question rows, "mean", "max", "last" (the row that has read the whole question), or a number: the mean of
+      so many last ones.
     heads: over query heads, "mean" or "max".
     context: "cached" (question rows over the model's own chunk caches), "joint" (the model prefills the whole prompt
       first: it sees across chunks, at the price of a prefill) or "alone" (the question is read behind the prefix only,
-      then its queries meet the chunk caches' keys: see `alone.py`).
+      then its queries meet the chunk caches' keys: see `alone.py`; it takes none of the settings below).
+    values: weigh each attention weight by the L2 norm of the value it fetches: what a token adds to the row, up to the
+      output projection (Kobayashi et al. 2020, "Attention is Not Only a Weight").
+    head_weights: for each scored layer in ascending order a weight for each query head. The score is then the weighted
+      sum over layers and heads, in place of their mean; learned weights come from finetuning the model.
+    second_pass: the model recomputes this share of the context, its own best groups of 8 tokens, over its own assembled
+      cache, and scores again from what that repaired (0: it scores once). Only with context "cached".
+    look_ahead: greedy tokens that the model drafts after the question, at most; their rows see what an answer will need
+      next. Their attention, reduced by `drafts` ("mean" or "max" over the tokens up to an end token), is added to the
+      question's.
     """
 
     layers: Literal["last", "late", "all"] | tuple[int, ...] = "late"
-    rows: Literal["mean", "max", "last"] = "last"
+    rows: Literal["mean", "max", "last"] | int = "last"
     heads: Literal["mean", "max"] = "mean"
     context: Literal["cached", "joint", "alone"] = "cached"
+    values: bool = False
+    head_weights: tuple[tuple[float, ...], ...] | None = None
+    second_pass: float = 0.0
+    look_ahead: int = 0
+    drafts: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("rows", ("mean", "max", "last")), ("heads", ("mean", "max")),
+        for name, allowed in (("heads", ("mean", "max")), ("drafts", ("mean", "max")),
                               ("context", ("cached", "joint", "alone"))):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.rows not in ("mean", "max", "last") and not (isinstance(self.rows, int) and self.rows >= 1):
+            raise BadInput(f"rows={self.rows!r}: choose mean, max, last or a number of rows from 1 on")
         if isinstance(self.layers, str) and self.layers not in ("last", "late", "all"):
             raise BadInput(f"layers={self.layers!r}: choose last, late, all or a tuple of layer indices")
+        if self.look_ahead < 0:
+            raise BadInput(f"look_ahead={self.look_ahead} is out of range: it must be 0 (none) or more")
+        if not 0 <= self.second_pass <= 1:
+            raise BadInput(f"second_pass={self.second_pass} is out of range: it must be between 0 (none) and 1")
+        if self.second_pass and self.context == "joint":
+            raise BadInput(f"second_pass={self.second_pass} needs context='cached': joint caches need no repair")
+        if self.context == "alone":
+            self._check_alone()
+        if self.head_weights is not None:
+            if self.heads != "mean":
+                raise BadInput(f"heads={self.heads!r} and head_weights both say how heads count: leave one of them out")
+            wrong = [w for layer in self.head_weights for w in layer if not 0 <= w < np.inf]
+            if wrong:
+                raise BadInput(f"head_weights has {wrong[0]}: weights are finite and not negative")
+
+    def _check_alone(self) -> None:
+        for name in ("values", "head_weights", "second_pass", "look_ahead"):
+            if getattr(self, name):
+                raise BadInput(f"{name}={getattr(self, name)} needs context='cached' or 'joint', not 'alone'")
+        if isinstance(self.rows, int):
+            raise BadInput(f"rows={self.rows} needs context='cached' or 'joint': 'alone' takes mean, max or last")
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """The scored layers of a model with `num_layers` layers, ascending."""
@@ -62,8 +101,30 @@ class Scoring:
         return tuple(sorted({i % num_layers for i in chosen}))
 
     def depth(self, num_layers: int) -> int:
-        """How many of the first layers must run: up to the last one that is scored."""
-        return self.layer_indices(num_layers)[-1] + 1
+        """How many of the first layers must run: up to the last one that is scored, all where tokens are drafted."""
+        return num_layers if self.look_ahead else self.layer_indices(num_layers)[-1] + 1
+
+    @property
+    def key(self) -> Scoring:
+        """What compiled programs depend on: the settings that only say which of them run are left out, so that they
+        share their programs."""
+        return replace(self, context="cached", head_weights=None, second_pass=0.0, look_ahead=0, drafts="mean")
+
+    def weights(self, cfg: ModelConfig) -> Float[np.ndarray, "L N"] | None:
+        """`head_weights` as an array over all layers, zero for those that aren't scored; None without any.
+
+        Raises BadInput where they don't fit the model.
+        """
+        if self.head_weights is None:
+            return None
+        wanted = self.layer_indices(cfg.num_layers)
+        given = [len(layer) for layer in self.head_weights]
+        if given != [cfg.num_heads] * len(wanted):
+            raise BadInput(f"head_weights has {len(given)} layers of {sorted(set(given))}: with layers={self.layers!r} "
+                           f"this model takes {len(wanted)} layers of {cfg.num_heads}")
+        out = np.zeros((cfg.num_layers, cfg.num_heads), np.float32)
+        out[list(wanted)] = self.head_weights
+        return out
 
 
 # "paper" is what CacheClip (arXiv 2510.10129) does as far as known; "late" answers more of the demo's questions.
@@ -75,59 +136,93 @@ SCORINGS = {
 }
 
 
-@partial(jax.jit, static_argnames=("cfg", "scoring", "scored", "how"), donate_argnames="x")
+@partial(jax.jit, static_argnames=("cfg", "scoring", "scored", "how", "keep"), donate_argnames="x")
 def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring,
                scored: tuple[bool, ...], positions: Int[Array, "T"], last: Int[Array, ""], rows: Float[Array, "B R H"],
-               where: Placement, total: Float[Array, "S"], how: str = "blocked"
-               ) -> tuple[Float[Array, "T D"], Float[Array, "S"]]:
+               where: Placement, total: Float[Array, "S"], how: str = "blocked",
+               weights: Float[Array, "B N"] | None = None, keep: bool = False
+               ) -> tuple[Float[Array, "T D"], Float[Array, "S"], tuple[LayerCache, ...]]:
     """The part of `score` that a span of layers does, over chunk caches just loaded; those that are `scored` add to
-    `total`, which is divided by their number in the end."""
-    own = row_of_slot(positions, where.first.shape[0])
+    `total`, which `Scoring.weights` or `layer_mean` makes a score in the end. The assembled caches, the rows' own keys
+    and values in them, are returned where `keep` asks for them."""
+    own, kept = row_of_slot(positions, where.first.shape[0]), []
     for nth, layer in enumerate(layers):
         q, kv = rows_over_loaded(x, layer, cfg, positions, rows[nth], where, own)
-        attended, seen = _attend(q, kv, positions, last, scoring, scored[nth], how)
+        attended, seen = _attend(q, kv, positions, last, scoring, scored[nth], how, _of(weights, nth))
         x, total = decoder.finish(x, attended, layer, cfg), total + seen
-    return x, total
+        kept.append(kv)
+    return x, total, tuple(kept) if keep else ()
 
 
 @partial(jax.jit, static_argnames=("cfg", "scoring", "how"))
 def score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Array, "T"], positions: Int[Array, "T"],
-          last: Int[Array, ""], cache: KVCache, how: str = "blocked") -> Float[Array, "S"]:
+          last: Int[Array, ""], cache: KVCache, how: str = "blocked", weights: Float[Array, "L N"] | None = None
+          ) -> Float[Array, "S"]:
     """Attention of the question's rows to every cache slot, reduced over rows, heads and layers.
 
     `cache` holds prefix and context of the aux at slots 0.., the question's rows follow at `positions` (padding: -1, at
-    the end), `last` is the index of the last real row. Rows after softmax sum to one over prefix, context and question,
-    so scores of different chunks compare; the caller keeps the context's slots.
+    the end), `last` is the index of the last real row, `weights` are the scoring's for this model. Rows after softmax
+    sum to one over prefix, context and question, so scores of different chunks compare; the caller keeps the context's
+    slots.
     """
-    x, total = decoder.embed(params, ids), jnp.zeros(cache.slots, jnp.float32)
-    for index, layer in enumerate(params.layers[: scoring.depth(cfg.num_layers)]):
-        q, kv = rows_over_cached(x, layer, cfg, positions, (cache.k[index], cache.v[index]))
-        attended, seen = _attend(q, kv, positions, last, scoring, index in scoring.layer_indices(cfg.num_layers), how)
+    depth = scoring.depth(cfg.num_layers)
+    cache = KVCache(cache.k[:depth], cache.v[:depth])
+    return score_rows(params, cfg, scoring, decoder.embed(params, ids), positions, last, cache, how, weights)[1]
+
+
+@partial(jax.jit, static_argnames=("cfg", "scoring", "how"), donate_argnames="cache")
+def embed_and_score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Array, "T"],
+                    positions: Int[Array, "T"], last: Int[Array, ""], cache: KVCache, how: str = "blocked",
+                    weights: Float[Array, "L N"] | None = None
+                    ) -> tuple[Float[Array, "T D"], Float[Array, "S"], KVCache]:
+    """`score`, the rows as they leave the cache's last layer, and the cache with them in it. The cache is donated."""
+    return score_rows(params, cfg, scoring, decoder.embed(params, ids), positions, last, cache, how, weights)
+
+
+def score_rows(params: Params, cfg: ModelConfig, scoring: Scoring, x: Float[Array, "T D"], positions: Int[Array, "T"],
+               last: Int[Array, ""], cache: KVCache, how: str, weights: Float[Array, "L N"] | None
+               ) -> tuple[Float[Array, "T D"], Float[Array, "S"], KVCache]:
+    """`score` of embedded rows, and what the cache's layers, the first ones of the model, make of rows and cache."""
+    wanted, total, kept = scoring.layer_indices(cfg.num_layers), jnp.zeros(cache.slots, jnp.float32), []
+    for index, (layer, cached) in enumerate(zip(params.layers, zip(cache.k, cache.v, strict=True), strict=False)):
+        q, kv = rows_over_cached(x, layer, cfg, positions, cached)
+        attended, seen = _attend(q, kv, positions, last, scoring, index in wanted, how, _of(weights, index))
         x, total = decoder.finish(x, attended, layer, cfg), total + seen
-    return total / len(scoring.layer_indices(cfg.num_layers))
+        kept.append(kv)
+    return x, layer_mean(total, weights, len(wanted)), KVCache(*zip(*kept, strict=True))
 
 
-def _attend(q, kv, positions, last, scoring, scored, how):
-    """Row attention, and the weights of a scored layer reduced over rows and heads (0 for another one)."""
+def layer_mean(total: Float[Array, "S"], weights: Float[Any, "L N"] | None, layers: int) -> Float[Array, "S"]:
+    """The mean of what so many layers added up; head weights make the sum itself the score."""
+    return total / layers if weights is None else total
+
+
+def _of(weights, index):
+    return None if weights is None else weights[index]
+
+
+def _attend(q, kv, positions, last, scoring, scored, how, weights):
+    """Row attention, and the attention weights of a scored layer reduced over rows and heads (0 for another one)."""
     keys, values = kv
     if not scored:
         return row_attention(q, keys, values, positions, for_rows(how, len(q))), 0.0
+    count = {"last": 1, "mean": len(q), "max": len(q)}.get(scoring.rows, scoring.rows)
+    take = partial(jax.lax.dynamic_slice_in_dim, start_index=jnp.maximum(last - count + 1, 0),
+                   slice_size=min(count, len(q)))
     if how != "blocked" and for_rows(how, len(q)) == "dense":
-        attended, weights = dense_with_weights(q, keys, values, positions)  # these weights are computed anyway
-        if scoring.rows == "last":
-            weights = jax.lax.dynamic_slice_in_dim(weights, last, 1)
-        else:
-            weights = jnp.where(positions[:, None, None] >= 0, weights, 0)
+        attended, seen = dense_with_weights(q, keys, values, positions)  # these weights are computed anyway
+        seen = jnp.where(take(positions)[:, None, None] >= 0, take(seen), 0)
     else:
         attended = row_attention(q, keys, values, positions, for_rows(how, len(q)))
-        if scoring.rows == "last":
-            weights = attention_weights(jax.lax.dynamic_slice_in_dim(q, last, 1), keys, positions[last][None])
-        else:
-            weights = attention_weights(q, keys, positions)
-    over_heads = weights.mean(1) if scoring.heads == "mean" else weights.max(1)
-    if scoring.rows == "max":
-        return attended, over_heads.max(0)
-    return attended, over_heads.sum(0) / (1 if scoring.rows == "last" else last + 1)
+        seen = attention_weights(take(q), keys, take(positions))
+    if scoring.values:
+        norms = jnp.linalg.norm(values.astype(jnp.float32), axis=-1)
+        seen *= jnp.repeat(norms, q.shape[1] // len(norms), axis=0)
+    if weights is not None:
+        seen = jnp.einsum("tns,n->ts", seen, weights, precision=precision(jnp.float32))
+    else:
+        seen = seen.mean(1) if scoring.heads == "mean" else seen.max(1)
+    return attended, seen.max(0) if scoring.rows == "max" else seen.sum(0) / jnp.minimum(last + 1, count)
 
 
 @partial(jax.jit, static_argnames="size")
