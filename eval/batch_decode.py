@@ -37,7 +37,7 @@ class Start:
 
     logits: Float[Array, "B V"]
     tail: Tail  # of [B]
-    limit: Int[Array, "B"]
+    limit: Int[Any, "B"]
     reference: Reference  # of [B n] and [B n V]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ class Pool[T]:
 
     def _decode(self) -> None:
         """Dispatch the batch; the one before, which is ready by now or soon, is handed out meanwhile."""
-        unused = self._starts[0].replace(limit=np.int32(0))
+        unused = dataclasses.replace(self._starts[0], limit=np.int32(0))
         starts = [*self._starts, *[unused] * (self._size - len(self._starts))]
         longest = bucket(max(int(s.limit) for s in starts), 128)
         assert self._batch is not None

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacheclip_jax.errors import BadInput
+from cacheclip_jax.groups import Grouping, Groups, Sentences, Windows
 from cacheclip_jax.methods import METHODS, Method, make, takes_budget
+from cacheclip_jax.ranking import Ranking
 from cacheclip_jax.score import SCORINGS, Scoring
-from cacheclip_jax.select import Budget, Groups, Windows
+from cacheclip_jax.select import Budget
 
-# method -> preset -> settings. The preset "" is the method as it comes.
+# method -> preset -> settings. A method without a preset is as it comes.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "cacheclip": {
         **{name: {"scoring": scoring} for name, scoring in SCORINGS.items()},
-        # What is known of the paper's two versions: groups of 8, and windows of 8 with at least 5 of the best tokens.
+        # The paper's second version, as far as known: of the best tokens, windows of 8 that hold at least 5 of them.
         "paper-windows": {"scoring": SCORINGS["paper"], "grouping": Windows()},
+        "look-ahead": {"scoring": Scoring(look_ahead=8)},
+        "second-pass": {"scoring": Scoring(second_pass=0.1)},
     },
     "naive": {"none": {"prefix": "none"}},
 }
@@ -31,15 +35,16 @@ class Entry:
     ratio: float | None
 
     def __str__(self) -> str:
-        return " ".join(s for s in (self.method.name, self.preset, "" if self.ratio is None else f"{self.ratio:.0%}") if s)
+        ratio = "" if self.ratio is None else f"{self.ratio:.0%}"
+        return " ".join(s for s in (self.method.name, self.preset, ratio) if s)
 
 
 def entries(asked: Mapping[str, Any]) -> list[Entry]:
     """The columns of a config's entry: {"method": name, "preset": name, "ratios": (...), "label": ..., settings...}.
 
-    Settings go over the preset's; those of `scoring` and `grouping` may be dicts of fields ({"size": 16}; a `density`
-    makes it a sliding window). `label` is what reports call it, the preset's name by default. Raises BadInput for an
-    unknown method, preset or setting.
+    Settings go over the preset's; where a setting is an object (scoring, grouping, ranking, budget) a dict of its
+    fields will do: {"size": 16} are groups, with `density` sliding windows, with `longest` sentences. `label` is what
+    reports call it, the preset's name by default. Raises BadInput for an unknown method, preset or setting.
     """
     given = dict(asked)
     name, preset = given.pop("method"), given.pop("preset", "")
@@ -52,21 +57,22 @@ def entries(asked: Mapping[str, Any]) -> list[Entry]:
     if ratios and not takes_budget(name):
         raise BadInput(f"the method {name} recomputes a fixed share of the context: leave ratios out")
     settings = {**named.get(preset, {}), **given}
-    for key, kind in (("scoring", _scoring), ("grouping", _grouping)):
-        if isinstance(fields := settings.get(key), Mapping):
-            settings[key] = kind(fields)
     try:
+        settings = {key: _made(key, value) for key, value in settings.items()}
         return [Entry(make(name, None if ratio is None else Budget(ratio=ratio), **settings), label, ratio)
                 for ratio in ratios or (None,)]
     except TypeError as e:
         known = ", ".join(METHODS[name].__dataclass_fields__)
-        raise BadInput(f"{name} can't be made of {', '.join(settings) or 'no settings'} ({e}): it has {known}") from None
+        raise BadInput(f"{name} can't be made of {', '.join(settings)}: it has {known} ({e})") from None
 
 
-def _scoring(fields: Mapping[str, Any]) -> Scoring:
-    layers = fields.get("layers", Scoring.layers)
-    return Scoring(**{**fields, "layers": layers if isinstance(layers, str) else tuple(layers)})
+def _made(key: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+    return {"scoring": Scoring, "ranking": Ranking, "budget": Budget, "grouping": _grouping}[key](**fields)
 
 
-def _grouping(fields: Mapping[str, Any]) -> Groups | Windows:
-    return Windows(**fields) if "density" in fields else Groups(**fields)
+def _grouping(**fields: Any) -> Grouping:
+    kind = Windows if "density" in fields else Sentences if "longest" in fields else Groups
+    return kind(**fields)

@@ -120,7 +120,8 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
                 continue
             try:
                 raw = {k: v for k, v in json.loads(line).items() if k in known}
-                row = Row(**{**raw, "references": tuple(raw["references"]), "context": tuple(raw.get("context", ())), "answer_ids": tuple(raw.get("answer_ids", ())),
+                row = Row(**{**raw, "references": tuple(raw["references"]), "context": tuple(raw.get("context", ())),
+                             "answer_ids": tuple(raw.get("answer_ids", ())),
                              "selected": tuple((a, b) for a, b in raw.get("selected", ()))})
             except (ValueError, TypeError, KeyError, AttributeError) as e:
                 raise BadInput(f"{path} line {number} isn't a row of an evaluation: {e!r}") from None

@@ -20,8 +20,10 @@ from eval.tasks import Sample, Split, make
 
 @dataclass(frozen=True)
 class Job:
-    """A task at a length: `count` samples of it (None: all of the split). `name` is what reports call it, `settings` are
-    the task's own, `length` is None where samples are as long as they are."""
+    """A task at a length: `count` samples of it (None: all of the split).
+
+    name: what reports call it. settings: the task's own. length: None where samples are as long as they are.
+    """
 
     name: str
     task: str
@@ -52,7 +54,7 @@ def jobs(tasks: Sequence[str | Mapping[str, Any]], lengths: Sequence[int], folde
     """
     out = []
     for entry in tasks:
-        given = {"task": entry} if isinstance(entry, str) else dict(entry)
+        given: dict[str, Any] = {"task": entry} if isinstance(entry, str) else dict(entry)
         task, name, data = given.pop("task"), given.pop("name", None), given.pop("data", None)
         if data is not None and folder is None:
             raise BadInput(f"{task} reads {data}: say with --config.data in which folder it is")

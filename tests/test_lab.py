@@ -42,7 +42,8 @@ BARE = {"meta": {"chat": False}, "instructions": ""}  # a prompt without a prefi
     (AuxGuided(Budget(ratio=0.1)), BARE)], ids=["full", "prefix", "naive", "naive-none", "cacheclip", "no-prefix"])
 def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, changes):
     asked = sample(**changes)
-    wanted = engine(lab, asked).prefill(asked.question, list(map(Passage.make, asked.context)), method=method, reserve=8)
+    chunks = list(map(Passage.make, asked.context))
+    wanted = engine(lab, asked).prefill(asked.question, chunks, method=method, reserve=8)
     sides = lab.sides(asked, 2048, 8)
     over = request(sides)
     plan = method.plan(over)

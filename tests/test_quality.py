@@ -38,8 +38,9 @@ def config(long_pair, data, tmp_path) -> ml_collections.ConfigDict:
     config.update({
         "run": "tiny", "out": str(tmp_path / "rows.jsonl"), "primary": str(long_pair[0]), "aux": str(long_pair[1]),
         "dtype": "float32", "data": str(data), "methods": METHODS, "batch": 3, "workers": 0, "examples": 1,
+        "lengths": (2048,), "count": 1,
         "tasks": ({"task": "squad", "data": "squad.json", "distractors": 3, "count": 2, "lengths": ()},
-                  {"task": "kv", "name": "kv-short", "data": "kv.jsonl", "records": 8, "count": 1, "lengths": (2048,)})})
+                  {"task": "kv", "name": "kv-short", "data": "kv.jsonl", "records": 8})})
     return config
 
 
