@@ -179,7 +179,8 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         chunk: Annotated[list[str] | None, typer.Option("--chunk", "-c", help="A stored chunk's id, or its beginning; "
                                                         "repeat, in prompt order. Default: retrieve by BM25.")] = None,
         passages: Annotated[int, typer.Option("--passages", "-k", help="How many passages to retrieve.")] = 8,
-        method: Annotated[str, typer.Option(help="cacheclip, full, prefix, naive, naive-none, random.")] = "cacheclip",
+        method: Annotated[str, typer.Option(help="cacheclip, full, prefix, naive, naive-none, random, cacheblend, "
+                                            "epic, ape, prophetkv, fusionrag, a3, specprefill, oracle.")] = "cacheclip",
         ratio: Annotated[float | None, typer.Option(help="Share of the context to recompute [default: 0.2].")] = None,
         tokens: Annotated[int | None, typer.Option(help="Instead of a ratio: how many tokens to recompute.")] = None,
         mass: Annotated[float | None, typer.Option(help="Instead of a ratio: share of the scores to cover.")] = None,
@@ -194,12 +195,13 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
     """Answer a question from stored passages."""
     from cacheclip_jax.decode import Sampling
     from cacheclip_jax.explain import write_explain_page
+    from cacheclip_jax.methods import NEED_AUX
     if not question.strip():
         raise BadInput('the question is empty: ask something, for example cacheclip ask "Who keeps the light?"')
     chosen = configured_method(method, ratio, tokens, mass, scoring)
     sampling = Sampling(temperature, top_k, top_p, seed)
     open_store(store)  # an answer needs a store that is there: loading would make one
-    clip = load(primary, aux if method == "cacheclip" else "none", store, dtype, kv)
+    clip = load(primary, aux if method in NEED_AUX else "none", store, dtype, kv)
     # Found once, so that both methods of a comparison read the same passages.
     chunks = [clip.store.passage(c) for c in chunk] if chunk else clip.retrieve(question, passages)
     options: dict[str, Any] = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [])

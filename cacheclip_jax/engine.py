@@ -104,7 +104,7 @@ class CacheClip:
 
         Args:
           primary, aux: a name that `cacheclip pull` knows, a Hugging Face directory or hub id, or a .gguf file. Without
-            an aux model every method but `cacheclip` works.
+            an aux model every method but `cacheclip` and `specprefill` works.
           store: a path, or any URL that TensorStore takes (memory://, s3://, gs://); or an open ChunkStore.
           dtype: of weights and caches, float32, bfloat16 or float16.
           aux_device: "cpu" runs the aux model on the host's CPU, beside the accelerator.
@@ -189,9 +189,10 @@ class CacheClip:
         Args:
           chunks: ids of stored passages, Passages, or texts, in the order of the prompt; None retrieves `passages` of
             them by BM25. What the store doesn't hold is encoded on the fly, and the result says so.
-          method: a name ("cacheclip", "full", "prefix", "naive", "naive-none", "random") or a configured Method.
-          ratio: share of context tokens to recompute, 0 to 1 (default 0.2); or `budget` for a token count or a share of
-            the score mass.
+          method: a name ("cacheclip", "full", "prefix", "naive", "naive-none", "random", "cacheblend", "epic", "ape",
+            "prophetkv", "fusionrag", "a3", "specprefill", "oracle") or a configured Method.
+          ratio: share of context tokens to recompute (specprefill: to keep), 0 to 1, by default 0.2 (epic: 32 tokens a
+            chunk); or `budget` for a token count or a share of the score mass.
 
         Raises BadInput for an empty question, an unknown chunk id or a ratio outside 0..1, ContextTooLong with the
         numbers when prompt and answer don't fit.

@@ -17,7 +17,7 @@ from cacheclip_jax.model.params import Params
 from cacheclip_jax.recompute import rows_over_cached
 
 
-@partial(jax.jit, static_argnames=("cfg", "steps", "pool"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("cfg", "steps", "pool"))
 def lookahead_scores(params: Params, cfg: ModelConfig, logits: Float[Array, "V"], cache: KVCache,
                      slot: Int[Array, ""], context: Int[Array, "2"], stop_ids: Int[Array, "M"], steps: int, pool: int
                      ) -> Float[Array, "S"]:
@@ -25,8 +25,8 @@ def lookahead_scores(params: Params, cfg: ModelConfig, logits: Float[Array, "V"]
     head's weights average-pooled over `pool` tokens, then the largest over all layers and heads, then the mean over
     steps (SpecPrefill, arXiv 2502.02789).
 
-    `logits` are those of the prompt's last row, whose cache this is; it is donated. A stop token ends the draft: it
-    counts only where it is the first.
+    `logits` are those of the prompt's last row, whose cache this is. A stop token ends the draft: it counts only
+    where it is the first.
     """
     inside = jnp.arange(cache.slots)
     inside = (inside >= context[0]) & (inside < context[1])
@@ -52,6 +52,7 @@ def lookahead_scores(params: Params, cfg: ModelConfig, logits: Float[Array, "V"]
     return jnp.where(inside, total / drafted, 0)
 
 
+@partial(jax.jit, static_argnames="width")
 def average_pool(x: Float[Array, "*B S"], width: int) -> Float[Array, "*B S"]:
     """Mean of the `width` (odd) numbers around each one, numbers beyond the ends counting as 0."""
     window = (1,) * (x.ndim - 1) + (width,)

@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from cacheclip_jax.errors import BadInput
+from cacheclip_jax.methods.a3 import A3
+from cacheclip_jax.methods.ape import Ape
+from cacheclip_jax.methods.cacheblend import CacheBlend
 from cacheclip_jax.methods.cacheclip import AuxGuided
+from cacheclip_jax.methods.epic import Epic
 from cacheclip_jax.methods.full import Full
+from cacheclip_jax.methods.fusionrag import FusionRAG
 from cacheclip_jax.methods.given import Given
 from cacheclip_jax.methods.method import Method
 from cacheclip_jax.methods.naive import Naive
+from cacheclip_jax.methods.oracle import Oracle
 from cacheclip_jax.methods.prefix import Prefix
+from cacheclip_jax.methods.prophetkv import ProphetKV
 from cacheclip_jax.methods.random import Random
+from cacheclip_jax.methods.specprefill import SpecPrefill
 from cacheclip_jax.plan import Plan
 from cacheclip_jax.request import Request
 from cacheclip_jax.select import Budget
@@ -22,9 +30,19 @@ METHODS: dict[str, Any] = {
     "naive": Naive,
     "random": Random,
     "cacheclip": AuxGuided,
+    "cacheblend": CacheBlend,
+    "epic": Epic,
+    "ape": Ape,
+    "prophetkv": ProphetKV,
+    "fusionrag": FusionRAG,
+    "a3": A3,
+    "specprefill": SpecPrefill,
+    "oracle": Oracle,
 }
+NEED_AUX = ("cacheclip", "specprefill")  # the names of methods that ask the aux model
 
-__all__ = ["METHODS", "AuxGuided", "Full", "Given", "Method", "Naive", "Plan", "Prefix", "Random", "Request", "make",
+__all__ = ["A3", "METHODS", "NEED_AUX", "Ape", "AuxGuided", "CacheBlend", "Epic", "Full", "FusionRAG", "Given",
+           "Method", "Naive", "Oracle", "Plan", "Prefix", "ProphetKV", "Random", "Request", "SpecPrefill", "make",
            "takes_budget"]
 
 

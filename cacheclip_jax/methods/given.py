@@ -1,31 +1,23 @@
 """Given positions: recompute just what the caller says, for research and for tests."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.methods.method import check_prefix
-from cacheclip_jax.plan import Plan
+from cacheclip_jax.methods.method import ByPrefix
+from cacheclip_jax.plan import Behind, Plan
 from cacheclip_jax.request import Request
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(ByPrefix):
     """Recompute the context tokens with these indices (0 is the first token of the first chunk)."""
 
     tokens: tuple[int, ...] = ()
-    prefix: Literal["shared", "none"] = "shared"
+    prefix: Behind = "shared"
     name: ClassVar[str] = "given"
-
-    def __post_init__(self) -> None:
-        check_prefix(self.prefix)
-
-    @property
-    def caches(self) -> Literal["shared", "none"]:
-        """As `prefix` says."""
-        return self.prefix
 
     def plan(self, request: Request) -> Plan:
         """The given tokens. Raises BadInput for an index outside the context."""
