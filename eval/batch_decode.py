@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheclip_jax.assemble import KVCache
@@ -55,10 +56,10 @@ class Answers:
     counted: Bool[Array, "B n"]
 
 
-def empty_batch(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> KVCache:
+def empty_batch(cfg: ModelConfig, B: int, slots: int, dtype: Any, sharding: Sharding) -> KVCache:
     """The caches of B sequences, [B K S H] a layer, of zeros."""
     shape = (B, cfg.num_kv_heads, slots, cfg.head_dim)
-    return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers)) for _ in range(2)))
+    return KVCache(*(tuple(jnp.zeros(shape, dtype, device=sharding) for _ in range(cfg.num_layers)) for _ in range(2)))
 
 
 @partial(jax.jit, donate_argnames="batch")

@@ -200,7 +200,7 @@ def _batches(sequences: Sequence[Sequence[int]], pieces: Sequence[tuple[int, int
 
 
 def _zeros(spans: Sequence[jax.Array], slots: int) -> list[jax.Array]:
-    return [jnp.zeros((kv.shape[1], 2, kv.shape[3], slots, kv.shape[5]), kv.dtype) for kv in spans]
+    return [jnp.zeros((kv.shape[1], 2, kv.shape[3], slots, kv.shape[5]), kv.dtype, device=kv.sharding) for kv in spans]
 
 
 @partial(jax.jit, donate_argnames="rows")

@@ -12,6 +12,7 @@ import numpy as np
 
 from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
+from cacheclip_jax.caches import replicated
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.online import Repaired
@@ -40,6 +41,7 @@ class Pool[T]:
         if size < 1:
             raise BadInput(f"batch={size} is out of range: 1 or more")
         self._model, self._size, self._report = model, size, report
+        self._sharding = replicated(model.params.embed.sharding)
         self._stop_ids = np.array(model.tokenizer.eos_ids, np.int32)
         self._batch: KVCache | None = None
         self._slots = 0
@@ -55,12 +57,15 @@ class Pool[T]:
             self._decode()
         if slots != self._slots:
             self._batch = None  # before the next one takes its memory
-            cfg, dtype = self._model.config, repaired.cache.k[0].dtype
-            self._batch, self._slots = empty_batch(cfg, self._size, slots, dtype), slots
+            dtype = repaired.cache.k[0].dtype
+            self._batch = empty_batch(self._model.config, self._size, slots, dtype, self._sharding)
+            self._slots = slots
         assert self._batch is not None
         self._batch = put(self._batch, repaired.cache, np.int32(len(self._tags)))
         self._tags.append(tag)
-        self._starts.append(Start(repaired.logits, repaired.tail, np.int32(limit), reference))
+        start = Start(repaired.logits, repaired.tail, np.int32(limit), reference)
+        # All on the device: a mixture would be another program for every order in which methods come.
+        self._starts.append(jax.device_put(start, self._sharding))
         self._masks.append(mask)
         if len(self._tags) == self._size:
             self._decode()
@@ -77,7 +82,7 @@ class Pool[T]:
 
     def _decode(self) -> None:
         """Dispatch the batch; the one before, which is ready by now or soon, is handed out meanwhile."""
-        unused = dataclasses.replace(self._starts[0], limit=np.int32(0))
+        unused = dataclasses.replace(self._starts[0], limit=jax.device_put(np.int32(0), self._sharding))
         starts = [*self._starts, *[unused] * (self._size - len(self._starts))]
         longest = bucket(max(int(s.limit) for s in starts), 128)
         assert self._batch is not None

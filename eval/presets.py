@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "second-pass": {"scoring": Scoring(second_pass=0.1)},
     },
     "naive": {"none": {"prefix": "none"}},
+    # Rivals with what helps them here too: chunks behind the shared prefix, groups of 8.
+    "prophetkv": {"shared": {"prefix": "shared", "grouping": Groups(8)}},
+    "cacheblend": {"shared": {"prefix": "shared"}},
+    "epic": {"shared": {"prefix": "shared"}},
+    "a3": {"shared": {"prefix": "shared"}},
 }
 
 
@@ -57,20 +62,24 @@ def entries(asked: Mapping[str, Any]) -> list[Entry]:
     if ratios and not takes_budget(name):
         raise BadInput(f"the method {name} recomputes a fixed share of the context: leave ratios out")
     settings = {**named.get(preset, {}), **given}
+    if ratios and "budget" in settings:
+        raise BadInput(f"{name} {label}: give ratios or a budget, not both")
     try:
         settings = {key: _made(key, value) for key, value in settings.items()}
-        return [Entry(make(name, None if ratio is None else Budget(ratio=ratio), **settings), label, ratio)
-                for ratio in ratios or (None,)]
+        budgets = [Budget(ratio=ratio) for ratio in ratios] or [settings.pop("budget", None)]
+        return [Entry(make(name, budget, **settings), label, None if budget is None else budget.ratio)
+                for budget in budgets]
     except TypeError as e:
         known = ", ".join(METHODS[name].__dataclass_fields__)
         raise BadInput(f"{name} can't be made of {', '.join(settings)}: it has {known} ({e})") from None
 
 
 def _made(key: str, value: Any) -> Any:
-    if not isinstance(value, Mapping):
+    kinds: dict[str, Callable[..., Any]] = {"scoring": Scoring, "ranking": Ranking, "budget": Budget,
+                                            "grouping": _grouping}
+    if key not in kinds or not isinstance(value, Mapping):
         return value
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    return {"scoring": Scoring, "ranking": Ranking, "budget": Budget, "grouping": _grouping}[key](**fields)
+    return kinds[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
 
 def _grouping(**fields: Any) -> Grouping:

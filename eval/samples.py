@@ -113,6 +113,9 @@ def shard(asked: Sequence[Job], part: str, tokenizer: str, judged: int) -> list[
 
 def prepared(asked: Sequence[tuple[Job, slice]], tokenizer: str, judged: int, workers: int) -> Iterator[Made]:
     """The samples of parts of jobs, in order, made by `workers` processes ahead of their use (0: when they're used)."""
+    # A task makes its samples one after another: those behind a part are left out, where they don't say how many slots.
+    asked = [(dataclasses.replace(job, count=part.stop) if job.length and job.count else job, part)
+             for job, part in asked]
     if not workers:
         for job, part in asked:
             yield _cut(made(job, tokenizer, judged), part)

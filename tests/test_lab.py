@@ -5,7 +5,7 @@ import pytest
 
 from cacheclip_jax import Budget, CacheClip
 from cacheclip_jax.errors import BadInput, ContextTooLong
-from cacheclip_jax.methods import AuxGuided, Full, Naive, Prefix
+from cacheclip_jax.methods import AuxGuided, CacheBlend, Full, Naive, Prefix, ProphetKV, SpecPrefill
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.online import execute
 from cacheclip_jax.store import ChunkStore, Passage
@@ -39,7 +39,9 @@ BARE = {"meta": {"chat": False}, "instructions": ""}  # a prompt without a prefi
 
 @pytest.mark.parametrize(("method", "changes"), [
     (Full(), {}), (Prefix(), {}), (Naive(), {}), (Naive(prefix="none"), {}), (AuxGuided(Budget(ratio=0.1)), {}),
-    (AuxGuided(Budget(ratio=0.1)), BARE)], ids=["full", "prefix", "naive", "naive-none", "cacheclip", "no-prefix"])
+    (AuxGuided(Budget(ratio=0.1)), BARE), (CacheBlend(Budget(ratio=0.1)), {}), (ProphetKV(Budget(ratio=0.1)), {}),
+    (SpecPrefill(Budget(ratio=0.3)), {})],
+    ids=["full", "prefix", "naive", "naive-none", "cacheclip", "no-prefix", "cacheblend", "prophetkv", "specprefill"])
 def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, changes):
     asked = sample(**changes)
     chunks = list(map(Passage.make, asked.context))
@@ -51,7 +53,7 @@ def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, change
     assert (sides[0].prompt.ids == wanted.prompt.ids).all()
     assert (plan.fetched(sides[0].prompt.context_tokens).recompute == wanted.plan.recompute).all()
     assert max_diff(got.logits, wanted.logits) < 1e-3
-    assert int(got.tail.slot) == len(wanted.prompt.ids)
+    assert (int(got.tail.slot), int(got.tail.position)) == (int(wanted.tail.slot), len(wanted.prompt.ids))
 
 
 def test_the_lab_tells_methods_apart(lab):

@@ -7,8 +7,8 @@ from typing import Any
 
 import ml_collections
 
-# RULER's natural text, and the questions of its qa tasks, from files that anyone can fetch (eval/tasks/README.md).
-ESSAYS, SQUAD, HOTPOT = "nq_open_oracle_2000.jsonl.gz", "xquad.en.json", "hotpot_distractor_70.jsonl"
+# Natural text, and the questions of RULER's qa tasks, from files that anyone can fetch (eval/tasks/README.md).
+TEXT, SQUAD, HOTPOT = "nq_open_oracle_2000.jsonl.gz", "xquad.en.json", "hotpot_distractor_70.jsonl"
 
 
 def base() -> ml_collections.ConfigDict:
@@ -36,14 +36,18 @@ def base() -> ml_collections.ConfigDict:
     })
 
 
+CACHECLIP = ("late", "paper")
+RIVALS = ("cacheblend", "epic", "prophetkv", "fusionrag", "a3", "specprefill", "oracle")
+RIVALS_BEHIND_THE_PREFIX = ("cacheblend", "epic", "prophetkv")
+
+
 def methods(ratios: Sequence[float]) -> tuple[dict[str, Any], ...]:
-    """Every method; those that take one at each ratio."""
+    """Every method, those that take one at each ratio: 5 columns with full attention, and 13 for each ratio."""
     at = {"ratios": tuple(ratios)}
     return (
-        {"method": "prefix"},
-        {"method": "naive"},
-        {"method": "naive", "preset": "none"},
+        {"method": "prefix"}, {"method": "naive"}, {"method": "naive", "preset": "none"}, {"method": "ape"},
         {"method": "random", **at},
-        {"method": "cacheclip", "preset": "late", **at},
-        {"method": "cacheclip", "preset": "paper", **at},
+        *({"method": "cacheclip", "preset": preset, **at} for preset in CACHECLIP),
+        *({"method": name, **at} for name in RIVALS),
+        *({"method": name, "preset": "shared", **at} for name in RIVALS_BEHIND_THE_PREFIX),
     )
