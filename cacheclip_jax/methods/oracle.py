@@ -12,8 +12,8 @@ from cacheclip_jax.select import Budget, Groups, Windows
 
 @dataclass(frozen=True)
 class Oracle:
-    """Prefill the whole prompt with the primary, recompute the groups that its question attends to most: the last row of
-    it, in all layers, unless `scoring` says otherwise.
+    """Prefill the whole prompt with the primary, recompute the groups that its question attends to most; that is the
+    last row of it, in all layers, unless `scoring` says otherwise.
 
     For research: it costs a full prefill and saves nothing. It isn't an upper bound either: what a question attends to
     isn't quite what must be recomputed for it.
