@@ -67,6 +67,17 @@ def test_where_a_chunk_comes_from_never_changes_a_bit(models, store, tokens, met
         assert got.fetched.hits == expected.fetched.hits
 
 
+@pytest.mark.parametrize("method", ["prophetkv", "cacheblend", "fusionrag", "ape"])
+def test_methods_that_read_caches_twice_or_in_part_get_the_same_from_everywhere(models, store, method, way):
+    plain = CacheClip(*models, store, host_bytes=0)
+    size = sum(m.config.kv_values_per_token * 4 for m in models)
+    tiered = CacheClip(*models, store, device_bytes=300 * size, host_bytes=1200 * size)
+    for chunks in REQUESTS[1:5]:
+        expected, got = (c.prefill(QUESTION, chunks, method=method) for c in (plain, tiered))
+        assert max_diff(expected.logits, got.logits) == 0
+        np.testing.assert_array_equal(expected.plan.recompute, got.plan.recompute)
+
+
 def test_what_lies_on_the_device_is_read_from_nowhere_else(models, store, monkeypatch):
     clip = CacheClip(*models, store, host_bytes=0, device_bytes=1 << 24)
     first = prefilled(clip, TEXTS)

@@ -1,4 +1,4 @@
-"""The methods on a tiny pair: what each recomputes, that all answer, and that recomputing everything is full prefill."""
+"""The methods on tiny models: what each recomputes, that all answer, and that recomputing all of it is full prefill."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_recomputing_everything_is_full_prefill(clip, full, method):
     np.testing.assert_allclose(clip.prefill(QUESTION, TEXTS[:4], method=method, ratio=1.0).logits, full[1], atol=1e-4)
     result = ask(clip, method, ratio=1.0)
     assert result.token_ids == full[0].token_ids and result.realised_ratio > 0.6
-    assert result.times.recompute > 0 and result.method == method
+    assert result.method == method
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5])
@@ -201,7 +201,7 @@ def test_even_heads_spend_the_budget_and_differ_by_one_at_most(total):
 @pytest.mark.parametrize("wrong, says", [
     (lambda: Epic(tokens=-1), "tokens=-1"), (lambda: Epic(Budget(mass=0.5)), "no scores"),
     (lambda: A3(pool=4), "pool=4"), (lambda: SpecPrefill(pool=2), "pool=2"), (lambda: SpecPrefill(chunk=0), "chunk=0"),
-    (lambda: CacheBlend(prefix="system"), "prefix='system'"), (lambda: Oracle(rows="first"), "rows='first'"),
+    (lambda: CacheBlend(prefix="system"), "prefix='system'"),
     (lambda: make("ape", Budget(ratio=0.1)), "ape recomputes a fixed share")])
 def test_a_setting_out_of_range_is_refused_by_name(wrong, says):
     with pytest.raises(BadInput, match=says):
