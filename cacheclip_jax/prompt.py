@@ -15,12 +15,20 @@ from cacheclip_jax.store import Passage
 @dataclass(frozen=True)
 class PromptFormat:
     """The words around passages and question. `chunk` is part of what is encoded and cached, as are `system` and
-    `instructions` (the shared prefix): changing one of them makes new caches."""
+    `instructions` (the shared prefix): changing one of them makes new caches.
+
+    answer: the beginning of the answer, which the model goes on from.
+    chat: whether prompts follow the model's chat template; else they are the texts alone, one after another.
+    strip: whether white space around a question is dropped.
+    """
 
     instructions: str = "Answer the question using only the passages below.\n\n"
     chunk: str = "{text}\n\n"
     question: str = "Question: {question}\nAnswer in one short sentence."
     system: str | None = None
+    answer: str = ""
+    chat: bool = True
+    strip: bool = True
 
     def __post_init__(self) -> None:
         for field, name in (("chunk", "{text}"), ("question", "{question}")):
@@ -29,7 +37,7 @@ class PromptFormat:
 
     def prefix_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids of everything before the first chunk: chat header and instructions."""
-        return tokenizer.encode(tokenizer.prompt_parts(nfc(self.instructions), "?", self.system)[0], special=True).ids
+        return tokenizer.encode(self._around(tokenizer, "?")[0], special=True).ids
 
     def chunk_ids(self, tokenizer: Tokenizer, passage: Passage) -> Encoded:
         """A chunk's ids, tokenised alone, and the character spans of its formatted text."""
@@ -40,19 +48,23 @@ class PromptFormat:
         return nfc(self.chunk.replace("{text}", passage.text))
 
     def question_ids(self, tokenizer: Tokenizer, question: str) -> tuple[int, ...]:
-        """Ids of everything after the last chunk, through the assistant header.
+        """Ids of everything after the last chunk, through the assistant header and the answer's beginning.
 
-        The user's words are encoded as plain text: only our own frame may hold control tokens.
+        The user's words and the answer's are encoded as plain text: only our own frame may hold control tokens.
         """
         if not question.strip():
             raise BadInput("the question is empty: ask something, for example cacheclip ask \"Who ...?\"")
         before, after = self.question.split("{question}")
-        rendered = tokenizer.prompt_parts(nfc(self.instructions), nfc(self.question), self.system)[1]
+        rendered = self._around(tokenizer, nfc(self.question))[1]
         head, found, tail = rendered.partition("{question}")
         if not found:
             raise BadInput(f"the chat template changed the question's text: {before + after!r} isn't in {rendered!r}")
-        words = head + nfc(question.strip())
-        return tokenizer.encode(words).ids + tokenizer.encode(tail, special=True).ids
+        words = head + nfc(question.strip() if self.strip else question)
+        frame = tokenizer.encode(words).ids + tokenizer.encode(tail, special=True).ids
+        return frame + tokenizer.encode(nfc(self.answer)).ids
+
+    def _around(self, tokenizer: Tokenizer, question: str) -> tuple[str, str]:
+        return tokenizer.prompt_parts(nfc(self.instructions), question, self.system, chat=self.chat)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def markdown(made: Sequence[Cell], reference: str = "cacheclip") -> str:
 
 
 SUMMARY = ("method", "ratio", "realised", "tasks", "samples", "score", "retention", "TTFT ms", "KL first token",
-           "same first token", "difference from {reference} (p)")
+           "same first tokens", "difference from {reference} (p)")
 DETAIL = ("task", "method", "ratio", "n", "score", "full", "retention (95%)", "where full answers", "TTFT ms")
 
 

@@ -21,7 +21,9 @@ class Row:
     """One answer. `score` is 0 to 1, `times` are seconds by stage with "ttft" among them.
 
     depth: per cent of the context before the fact, where there is one. context and selected (character spans of the
-    joined context that were recomputed) are for example pages; kl_first_token and top1 compare with full attention.
+    joined context that were recomputed) are for example pages. Three compare with full attention, along the first
+    tokens of its answer: kl_first_token and kl, KL(full || this) in nats at the first of them and their mean; top1, the
+    share of them that this method would choose too.
     """
 
     run: str
@@ -38,7 +40,10 @@ class Row:
     times: dict[str, float] = field(default_factory=dict)
     depth: float | None = None
     kl_first_token: float | None = None
-    top1: bool | None = None
+    kl: float | None = None
+    top1: float | None = None
+    prompt_tokens: int | None = None
+    answer_ids: tuple[int, ...] = ()
     question: str = ""
     context: tuple[str, ...] = ()
     selected: tuple[tuple[int, int], ...] = ()
@@ -116,6 +121,7 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
             try:
                 raw = {k: v for k, v in json.loads(line).items() if k in known}
                 row = Row(**{**raw, "references": tuple(raw["references"]), "context": tuple(raw.get("context", ())),
+                             "answer_ids": tuple(raw.get("answer_ids", ())),
                              "selected": tuple((a, b) for a, b in raw.get("selected", ()))})
             except (ValueError, TypeError, KeyError, AttributeError) as e:
                 raise BadInput(f"{path} line {number} isn't a row of an evaluation: {e!r}") from None

@@ -86,16 +86,17 @@ def write_directory(directory: Path, raw: dict[str, Any], tensors: dict[str, np.
     return directory
 
 
-def write_pair(directory: Path) -> tuple[Path, Path]:
-    """Write a primary and an aux model whose tokenizers split words differently.
+def write_pair(directory: Path, positions: int = 512) -> tuple[Path, Path]:
+    """Write a primary and an aux model of so many positions, whose tokenizers split words differently.
 
     The weights are small enough for smooth attention, and large enough that a chunk reads otherwise alone.
     """
     def smooth(raw: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         return {name: 1 + w / 10 if "norm" in name else w * np.float32(0.3) for name, w in weights(raw, seed).items()}
 
-    primary = write_directory(directory / "primary", QWEN2, smooth(QWEN2, 0))
-    aux = write_directory(directory / "aux", LLAMA, smooth(LLAMA, 1))
+    longer = {"max_position_embeddings": positions}
+    primary = write_directory(directory / "primary", QWEN2 | longer, smooth(QWEN2, 0))
+    aux = write_directory(directory / "aux", LLAMA | longer, smooth(LLAMA, 1))
     content = json.loads(bpe().to_str())
     del content["model"]["merges"][4:]
     (aux / "tokenizer.json").write_text(json.dumps(content))

@@ -108,6 +108,14 @@ def pair(tmp_path_factory) -> Iterator[tuple[Path, Path]]:
         yield write_pair(tmp_path_factory.mktemp("pair"))
 
 
+@pytest.fixture(scope="session")
+def long_pair(tmp_path_factory) -> Iterator[tuple[Path, Path]]:
+    """As `pair`, with room for benchmarks' prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield write_pair(tmp_path_factory.mktemp("long-pair"), positions=4096)
+
+
 def by_part(qkv, heads: int, kv_heads: int, head_dim: int) -> dict[str, np.ndarray]:
     """The rows of q, k and v, as in a checkpoint, from a layer's joint matrix or bias."""
     qkv = np.asarray(qkv)

@@ -135,6 +135,13 @@ def test_ask_answers_by_every_method(store, models, method):
     whole(store)
 
 
+@pytest.mark.parametrize("method", ["prophetkv", "specprefill"])
+def test_ask_loads_what_a_rival_needs_and_gives_it_the_ratio(store, models, method):
+    run = cacheclip("ask", QUESTION, "--store", store, *models, "--method", method, "--ratio", 0.3, "--json",
+                    "--max-new-tokens", 2)
+    assert 0.25 < run.json["results"][method]["realised_ratio"] < 0.7 and not run.err
+
+
 @pytest.mark.parametrize("option, value, low, high", [
     ("--ratio", 0, 0, 0), ("--ratio", 0.5, 0.5, 0.6), ("--ratio", 1, 1, 1), ("--tokens", 40, 0.15, 0.5),
     ("--tokens", 10_000, 1, 1), ("--mass", 0, 0, 0), ("--mass", 0.5, 0.01, 0.8), ("--mass", 1, 1, 1)])

@@ -154,14 +154,14 @@ class Tokenizer:
         return str(self._fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def prompt_parts(self, instructions: str, question_text: str,
-                     system: str | None = None) -> tuple[str, str]:
+                     system: str | None = None, chat: bool = True) -> tuple[str, str]:
         """The prompt before the first passage and after the last one, for `encode(..., special=True)`.
 
         Both come from the chat template, rendered for one user message: instructions, passages, question.
-        Without a template they are the texts themselves. Raises BadInput when the template refuses or drops a
-        part.
+        Without a template, or without `chat`, they are the texts themselves. Raises BadInput when the template refuses
+        or drops a part.
         """
-        if self._fast.chat_template is None:
+        if self._fast.chat_template is None or not chat:
             before = f"{system}\n\n{instructions}" if system else instructions
             return self._bos + before, question_text
         messages = [{"role": "user", "content": instructions + _SENTINEL + question_text}]

@@ -1,0 +1,85 @@
+"""What each choice in CacheClip is worth: one setting changed at a time, at 4k, on four tasks of the tuning half.
+
+    python -m eval.quality --config=configs/quality/ablations.py --config.data=DIR         # the selection
+    python -m eval.quality --config=configs/quality/ablations.py:ratios --config.data=DIR  # 2 to 50%, and adaptive
+    python -m eval.quality --config=configs/quality/ablations.py:chunks --config.data=DIR  # of 128 to 1024 tokens
+    python -m eval.quality --config=configs/quality/ablations.py --config.data=DIR --config.aux=smollm2-135m \\
+      --config.run=ablations-smollm2 --config.out=runs/ablations-smollm2.jsonl              # another aux model
+    python -m eval.report runs/ablations*.jsonl --out results/ablations
+
+A label says what differs from the preset `late`: its late half of the layers, last question row, mean of heads, the
+aux's own chunk caches, groups of 8.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from configs.quality import defaults
+
+TASKS = (
+    {"task": "niah_multikey_1", "data": defaults.TEXT},
+    {"task": "niah_multivalue", "data": defaults.TEXT},
+    {"task": "vt"},
+    {"task": "qa_2", "data": defaults.HOTPOT, "count": 0},
+)
+RATIOS = (0.05, 0.1)
+
+
+def get_config(which: str = "selection") -> ml_collections.ConfigDict:
+    """`which`: selection, ratios or chunks."""
+    config = defaults.base()
+    config.update({
+        "run": f"ablations-{which}", "out": f"runs/ablations-{which}.jsonl", "tasks": TASKS, "lengths": (4096,),
+        "split": "tune", "methods": {"selection": selection(), "ratios": ratios(), "chunks": chunks()}[which],
+    })
+    if which == "chunks":
+        config.tasks = tuple({**task, "name": f"{task['task']} {size}", "chunk_tokens": size}
+                             for task in TASKS[:3] for size in (128, 256, 512, 1024))
+    return config
+
+
+def variant(label: str, **settings: Any) -> dict[str, Any]:
+    """A column: the preset `late` with other settings."""
+    return {"method": "cacheclip", "preset": "late", "label": label, "ratios": RATIOS, **settings}
+
+
+def selection() -> tuple[dict[str, Any], ...]:
+    """Scoring, ranking and grouping."""
+    return (
+        {"method": "naive"}, {"method": "naive", "preset": "none"},
+        variant("late"),
+        *(variant(f"layers {layers}", scoring={"layers": layers}) for layers in ("last", "all")),
+        *(variant(f"rows {rows}", scoring={"rows": rows}) for rows in ("mean", "max", 4)),
+        variant("heads max", scoring={"heads": "max"}),
+        variant("joint", scoring={"context": "joint"}),
+        variant("values", scoring={"values": True}),
+        variant("look-ahead 8", scoring={"look_ahead": 8}),
+        variant("second pass", scoring={"second_pass": 0.1}),
+        *(variant(f"groups {size}", grouping={"size": size}) for size in (1, 4, 16, 32)),
+        variant("groups max", grouping={"reduce": "max"}),
+        variant("windows", grouping={"size": 8, "density": 5}),
+        variant("sentences", grouping={"longest": 32}),
+        variant("smooth 13", ranking={"smooth": 13}),
+        variant("no sinks", ranking={"skip_first": 4}),
+        variant("no formatting", ranking={"skip_formatting": True}),
+        *(variant(f"chunk power {power}", ranking={"chunk_power": power}) for power in (-1.0, -0.5, 0.5)),
+        variant("heads of chunks 4", heads_of_chunks=4),
+        {"method": "cacheclip", "preset": "paper", "ratios": RATIOS},
+    )
+
+
+def ratios() -> tuple[dict[str, Any], ...]:
+    """How much is recomputed: fixed ratios, and shares of the score mass."""
+    fixed = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+    return (
+        {"method": "naive"},
+        *({"method": "cacheclip", "preset": preset, "ratios": fixed} for preset in ("late", "paper")),
+        *({"method": "cacheclip", "preset": "late", "label": f"mass {mass:.0%}",
+           "budget": {"mass": mass, "at_least": 0.02, "at_most": 0.3}} for mass in (0.5, 0.7, 0.9)),
+    )
+
+
+def chunks() -> tuple[dict[str, Any], ...]:
+    """Few methods: here the tasks differ."""
+    return {"method": "naive"}, variant("late"), {"method": "prophetkv", "ratios": RATIOS}

@@ -1,0 +1,53 @@
+"""What the configs here share: the settings of a run, and the methods side by side. Not a config of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+# Natural text, and the questions of RULER's qa tasks, from files that anyone can fetch (eval/tasks/README.md).
+TEXT, SQUAD, HOTPOT = "nq_open_oracle_2000.jsonl.gz", "xquad.en.json", "hotpot_distractor_70.jsonl"
+
+
+def base() -> ml_collections.ConfigDict:
+    """A run on one GPU with the pair that results are reported for."""
+    return ml_collections.ConfigDict({
+        "run": "",  # what reports call it
+        "out": "",  # JSON lines, see eval/rows.py
+        "primary": "qwen2.5-coder-1.5b",
+        "aux": "qwen2.5-coder-0.5b",  # "": none
+        "dtype": "bfloat16",
+        "tasks": (),  # names, or dicts of a name and settings, see eval/samples.py
+        "lengths": (),  # tokens of prompt and answer
+        "methods": (),  # dicts, see eval/presets.py; full attention is always there
+        "count": 50,  # samples a task and length
+        "split": "report",
+        "seed": 0,
+        "data": "",  # folder of the tasks' files
+        "judged": 4,  # first tokens of full attention's answer that distributions are compared on
+        "examples": 2,  # samples a task whose rows keep their context and selection
+        "times": False,  # measure each method alone; slower
+        "shard": "0/1",  # the part of the samples that this process does, and how many parts there are
+        "batch": 32,  # sequences decoded together
+        "workers": 12,  # processes that make samples ahead
+        "budget_seconds": 0.0,  # stop after so long, to be gone on with; 0: never
+    })
+
+
+CACHECLIP = ("late", "paper")
+RIVALS = ("cacheblend", "epic", "prophetkv", "fusionrag", "a3", "specprefill", "oracle")
+RIVALS_BEHIND_THE_PREFIX = ("cacheblend", "epic", "prophetkv")
+
+
+def methods(ratios: Sequence[float]) -> tuple[dict[str, Any], ...]:
+    """Every method, those that take one at each ratio: 5 columns with full attention, and 13 for each ratio."""
+    at = {"ratios": tuple(ratios)}
+    return (
+        {"method": "prefix"}, {"method": "naive"}, {"method": "naive", "preset": "none"}, {"method": "ape"},
+        {"method": "random", **at},
+        *({"method": "cacheclip", "preset": preset, **at} for preset in CACHECLIP),
+        *({"method": name, **at} for name in RIVALS),
+        *({"method": name, "preset": "shared", **at} for name in RIVALS_BEHIND_THE_PREFIX),
+    )

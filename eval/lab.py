@@ -1,0 +1,212 @@
+"""The laboratory: one sample's chunk caches, made and kept on the device, offered to methods as the engine offers them.
+
+Nothing is stored and nothing travels, so what a method costs here is its computation. Shapes take few values for all
+samples of a length, since a program takes longer to compile than a thousand answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, Int
+
+from cacheclip_jax.assemble import Placement
+from cacheclip_jax.bucket import bucket
+from cacheclip_jax.caches import replicated
+from cacheclip_jax.encode import BATCH_TOKENS, BATCH_TOKENS_ACCELERATOR, encode, no_prefix
+from cacheclip_jax.errors import BadInput, ContextTooLong
+from cacheclip_jax.model.load import Model
+from cacheclip_jax.model.tokenizer import Tokenizer, nfc
+from cacheclip_jax.plan import Behind
+from cacheclip_jax.prompt import Prompt, PromptFormat
+from cacheclip_jax.recompute import SPAN
+from cacheclip_jax.request import Request
+from cacheclip_jax.side import Stage
+from eval.tasks import Sample
+
+FRAME_SLACK = 4  # tokens by which a template's and a text's may differ where they meet
+# Smallest number of rows, and sizes per doubling: a ratio meets two or three sizes, for 1/8 of padding at most.
+_ROWS: dict[Stage, tuple[int, int]] = {"question": (128, 8), "repair": (128, 8), "prefill": (64, 8)}
+
+
+def format_of(sample: Sample) -> PromptFormat:
+    """How a sample's parts become a prompt: as they are, in the chat template unless its benchmark leaves that out."""
+    return PromptFormat(instructions=sample.instructions, chunk="{text}", question="{question}",
+                        answer=sample.answer_prefix, chat=sample.meta.get("chat", True), strip=False)
+
+
+def prompt_of(sample: Sample, tokenizer: Tokenizer) -> Prompt:
+    """A sample's prompt in a model's tokens."""
+    words = format_of(sample)
+    return Prompt(prefix=words.prefix_ids(tokenizer), chunks=tuple(tokenizer.encode(nfc(c)) for c in sample.context),
+                  question=words.question_ids(tokenizer, sample.question))
+
+
+def frame_tokens(tokenizer: Tokenizer) -> int:
+    """Tokens to keep free for a chat template when samples are made to a length."""
+    words = PromptFormat(instructions="", chunk="{text}", question="{question}")
+    return len(words.prefix_ids(tokenizer)) + len(words.question_ids(tokenizer, "?")) + FRAME_SLACK
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A primary and, for methods that need one, an aux model; both on the device."""
+
+    primary: Model
+    aux: Model | None
+
+    def sides(self, sample: Sample, slots: int, room: int) -> tuple[ResidentSide, ResidentSide | None]:
+        """What the two models bring to requests about a sample. Caches of the primary have `slots`, at least `room` of
+        them for the answer.
+
+        Raises ContextTooLong when the prompt and that room don't fit.
+        """
+        primary = ResidentSide(self.primary, prompt_of(sample, self.primary.tokenizer), slots)
+        _check(primary, sample, room)
+        if self.aux is None:
+            return primary, None
+        prompt = prompt_of(sample, self.aux.tokenizer)
+        aux = ResidentSide(self.aux, prompt, slots if len(prompt.ids) <= slots else bucket(len(prompt.ids), 1024))
+        _check(aux, sample, 0)
+        return primary, aux
+
+
+def request(sides: tuple[ResidentSide, ResidentSide | None]) -> Request:
+    """A request over a sample's caches; its signals are computed once, for all methods that are given it."""
+    primary, aux = sides
+
+    def existing() -> ResidentSide:
+        if aux is None:
+            raise BadInput("a method here needs an aux model: name one with --config.aux, or leave the method out")
+        return aux
+
+    return Request(primary, existing)
+
+
+def _check(side: ResidentSide, sample: Sample, room: int) -> None:
+    limit, total = min(side.slots, side.model.config.max_positions), len(side.prompt.ids) + room
+    if total > limit:
+        raise ContextTooLong(f"{sample.id}: prompt and answer take {total} tokens of {side.model.name}, the limit is "
+                             f"{limit} (slots {side.slots}, positions {side.model.config.max_positions}): make shorter "
+                             "samples")
+
+
+class ResidentSide:
+    """A `Side` whose chunk caches are encoded when first asked for and stay on the device."""
+
+    def __init__(self, model: Model, prompt: Prompt, slots: int):
+        self.model, self.prompt, self.slots = model, prompt, slots
+        self._feeds: dict[Behind, ResidentFeed] = {}
+
+    @property
+    def sharding(self) -> Sharding:
+        """Whole on every device of the model."""
+        return replicated(self.model.params.embed.sharding)
+
+    def feed(self, behind: Behind, depth: int, wanted: Sequence[bool] | None = None) -> ResidentFeed:
+        """The caches of all layers and chunks, whatever is wanted."""
+        del depth, wanted
+        if behind not in self._feeds:
+            where = _placement(self.prompt.question_start, self.slots)
+            self._feeds[behind] = ResidentFeed(_encoded(self.model, self.prompt, behind, self.slots),
+                                               jax.device_put(where, self.sharding))
+        return self._feeds[behind]
+
+    def begin(self) -> None:
+        """Nothing is loaded here."""
+
+    def rows(self, count: int, stage: Stage) -> int:
+        """The size that holds `count` rows, of fewer sizes than the engine has."""
+        return bucket(count, *_ROWS[stage])
+
+    def watch(self, stage: str, array: jax.Array, since: float | str | None = None) -> None:
+        """No stages are timed here."""
+
+
+class ResidentFeed:
+    """A `LayerFeed` of caches that are there."""
+
+    def __init__(self, rows: Sequence[Float[Array, "B R H"]], where: Placement):
+        self._rows, self.where = rows, where
+        ends = np.cumsum([len(r) for r in rows])
+        self.blocks = [range(int(end) - len(r), int(end)) for end, r in zip(ends, rows, strict=True)]
+
+    def take(self, number: int) -> jax.Array:
+        """The rows of a block of layers."""
+        return self._rows[number]
+
+    def computed(self, mark: jax.Array) -> None:
+        """Nothing waits for it here."""
+
+    def stop(self) -> None:
+        """Nothing runs here."""
+
+
+def _placement(tokens: int, slots: int) -> Placement:
+    """Rows in the order of the slots: [2, K, slots, H] a layer."""
+    slot = np.arange(slots, dtype=np.int32)
+    return Placement(np.where(slot < tokens, slot, -1), np.full(slots, slots, np.int32))
+
+
+def _encoded(model: Model, prompt: Prompt, behind: Behind, slots: int) -> list[Float[Array, "l R H"]]:
+    """The caches of prefix and chunks in the order of their slots, for each span of layers.
+
+    A chunk behind the prefix is encoded as prefix and chunk in one sequence, so that no program depends on the prefix's
+    length; the prefix's own rows come from the first of them.
+    """
+    head = prompt.prefix if behind == "shared" else ()
+    sequences = [(*head, *c.ids) for c in prompt.chunks]
+    starts = np.cumsum([len(prompt.prefix), *prompt.chunk_lengths])
+    # (sequence, its first kept token, its first slot): what goes where.
+    pieces = [(i, len(head), start) for i, start in enumerate(starts[:-1])]
+    if head:
+        pieces[0] = (0, 0, 0)
+    elif prompt.prefix:
+        pieces.append((len(sequences), 0, 0))
+        sequences.append(prompt.prefix)
+    cfg, how = model.config, model.attention.name
+    limit = BATCH_TOKENS if how == "blocked" else BATCH_TOKENS_ACCELERATOR
+    packed: list[jax.Array] | None = None
+    for ids, source in _batches(sequences, pieces, limit, slots):
+        spans = encode(model.params, cfg, ids, no_prefix(model.params, cfg), how)
+        packed = _zeros(spans, slots) if packed is None else packed
+        packed = [_pack(rows, kv, source) for rows, kv in zip(packed, spans, strict=True)]
+    assert packed is not None and len(packed) == -(-cfg.num_layers // SPAN)
+    return [rows.reshape(len(rows), -1, cfg.head_dim) for rows in packed]
+
+
+def _batches(sequences: Sequence[Sequence[int]], pieces: Sequence[tuple[int, int, int]], limit: int, slots: int
+             ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Sequences in batches [B, W] of about `limit` tokens, of few shapes: and for each slot the place in the flattened
+    batch that its token has, or -1."""
+    remaining = sorted(pieces, key=lambda piece: -len(sequences[piece[0]]))
+    while remaining:
+        width = bucket(len(sequences[remaining[0][0]]), 128)
+        most = 1 << max(limit // width, 1).bit_length() - 1
+        rows = most if len(remaining) > most // 4 else max(most // 4, 1)
+        ids, source = np.zeros((rows, width), np.int32), np.full(slots, -1, np.int32)
+        for row, (index, kept, slot) in enumerate(remaining[:rows]):
+            tokens = sequences[index]
+            ids[row, : len(tokens)] = tokens
+            source[slot : slot + len(tokens) - kept] = row * width + np.arange(kept, len(tokens))
+        yield ids, source
+        remaining = remaining[rows:]
+
+
+def _zeros(spans: Sequence[jax.Array], slots: int) -> list[jax.Array]:
+    return [jnp.zeros((kv.shape[1], 2, kv.shape[3], slots, kv.shape[5]), kv.dtype, device=kv.sharding) for kv in spans]
+
+
+@partial(jax.jit, donate_argnames="rows")
+def _pack(rows: Float[Array, "l 2 K S H"], kv: Float[Array, "B l 2 K C H"], source: Int[Array, "S"]
+          ) -> Float[Array, "l 2 K S H"]:
+    """Put a batch's tokens into their slots."""
+    flat = kv.transpose(1, 2, 3, 0, 4, 5).reshape(*rows.shape[:3], -1, rows.shape[-1])
+    taken = flat[:, :, :, jnp.maximum(source, 0)]
+    return jnp.where((source >= 0)[:, None], taken, rows)

@@ -1,0 +1,87 @@
+"""Presets: named settings of methods, in one place for configs, reports and docs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.groups import Grouping, Groups, Sentences, Windows
+from cacheclip_jax.methods import METHODS, Method, make, takes_budget
+from cacheclip_jax.ranking import Ranking
+from cacheclip_jax.score import SCORINGS, Scoring
+from cacheclip_jax.select import Budget
+
+# method -> preset -> settings. A method without a preset is as it comes.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "cacheclip": {
+        **{name: {"scoring": scoring} for name, scoring in SCORINGS.items()},
+        # The paper's second version, as far as known: of the best tokens, windows of 8 that hold at least 5 of them.
+        "paper-windows": {"scoring": SCORINGS["paper"], "grouping": Windows()},
+        "look-ahead": {"scoring": Scoring(look_ahead=8)},
+        "second-pass": {"scoring": Scoring(second_pass=0.1)},
+    },
+    "naive": {"none": {"prefix": "none"}},
+    # Rivals with what helps them here too: chunks behind the shared prefix, groups of 8.
+    "prophetkv": {"shared": {"prefix": "shared", "grouping": Groups(8)}},
+    "cacheblend": {"shared": {"prefix": "shared"}},
+    "epic": {"shared": {"prefix": "shared"}},
+    "a3": {"shared": {"prefix": "shared"}},
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A column of an evaluation: a configured method, and what reports call it."""
+
+    method: Method
+    preset: str
+    ratio: float | None
+
+    def __str__(self) -> str:
+        ratio = "" if self.ratio is None else f"{self.ratio:.0%}"
+        return " ".join(s for s in (self.method.name, self.preset, ratio) if s)
+
+
+def entries(asked: Mapping[str, Any]) -> list[Entry]:
+    """The columns of a config's entry: {"method": name, "preset": name, "ratios": (...), "label": ..., settings...}.
+
+    Settings go over the preset's; where a setting is an object (scoring, grouping, ranking, budget) a dict of its
+    fields will do: {"size": 16} are groups, with `density` sliding windows, with `longest` sentences. `label` is what
+    reports call it, the preset's name by default. Raises BadInput for an unknown method, preset or setting.
+    """
+    given = dict(asked)
+    name, preset = given.pop("method"), given.pop("preset", "")
+    label, ratios = given.pop("label", preset), given.pop("ratios", ())
+    if name not in METHODS:
+        raise BadInput(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}")
+    named = PRESETS.get(name, {})
+    if preset and preset not in named:
+        raise BadInput(f"{name} has no preset {preset!r}: choose one of {', '.join(named) or 'none'}")
+    if ratios and not takes_budget(name):
+        raise BadInput(f"the method {name} recomputes a fixed share of the context: leave ratios out")
+    settings = {**named.get(preset, {}), **given}
+    if ratios and "budget" in settings:
+        raise BadInput(f"{name} {label}: give ratios or a budget, not both")
+    try:
+        settings = {key: _made(key, value) for key, value in settings.items()}
+        budgets = [Budget(ratio=ratio) for ratio in ratios] or [settings.pop("budget", None)]
+        return [Entry(make(name, budget, **settings), label, None if budget is None else budget.ratio)
+                for budget in budgets]
+    except TypeError as e:
+        known = ", ".join(METHODS[name].__dataclass_fields__)
+        raise BadInput(f"{name} can't be made of {', '.join(settings)}: it has {known} ({e})") from None
+
+
+def _made(key: str, value: Any) -> Any:
+    kinds: dict[str, Callable[..., Any]] = {"scoring": Scoring, "ranking": Ranking, "budget": Budget,
+                                            "grouping": _grouping}
+    if key not in kinds or not isinstance(value, Mapping):
+        return value
+    return kinds[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+
+
+def _grouping(**fields: Any) -> Grouping:
+    kind = Windows if "density" in fields else Sentences if "longest" in fields else Groups
+    return kind(**fields)

@@ -1,0 +1,222 @@
+"""Does a method answer as well as full attention? A grid of tasks, lengths, methods and ratios, by config.
+
+    python -m eval.quality --config=configs/quality/smoke.py
+    python -m eval.report runs/smoke.jsonl --out runs/smoke
+
+Every answer is a row (eval/rows.py) of the file `out`. A run that was stopped goes on where it stopped when it is
+started again. `--config.shard=3/8` does the fourth of eight parts, a process for each GPU; its rows are a file of their
+own, and eval.report reads them all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from cacheclip_jax.engine import enable_compilation_cache
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.methods import Full
+from cacheclip_jax.model.load import Model, load_model
+from cacheclip_jax.model.pull import pull
+from cacheclip_jax.online import Repaired, execute
+from cacheclip_jax.plan import Plan
+from cacheclip_jax.prompt import Prompt
+from cacheclip_jax.request import Request
+from eval import machine
+from eval.batch_decode import first_tokens
+from eval.lab import Lab, request
+from eval.ledger import Key, Ledger
+from eval.pool import Answer, Pool
+from eval.presets import Entry, entries
+from eval.rows import Row
+from eval.samples import Job, jobs, prepared, shard
+from eval.tasks import Sample
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, see configs/quality/.", lock_config=True)
+flags.mark_flag_as_required("config")
+
+FULL = Entry(Full(), "", None)
+# What a run may be gone on with after a change: it doesn't change what is asked.
+FREE = ("out", "batch", "workers", "budget_seconds")
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What an answer in the pool belongs to."""
+
+    job: Job
+    sample: Sample
+    entry: Entry
+    prompt: Prompt
+    times: dict[str, float]
+    example: bool
+
+
+class Rate(ProgressColumn):
+    """Answers a second."""
+
+    def render(self, task: Task) -> Text:
+        """The speed, once there is one."""
+        return Text(f"{task.speed or 0:.1f}/s")
+
+
+class Evaluation:
+    """The models, and where answers go."""
+
+    def __init__(self, config: ConfigDict, ledger: Ledger, primary: Model, aux: Model | None, columns: Sequence[Entry],
+                 progress: Progress):
+        self._config, self._ledger, self._columns, self._progress = config, ledger, columns, progress
+        self._lab = Lab(primary, aux)
+        self._bar = progress.add_task("answers", total=None)
+        self._pool: Pool[Tag] = Pool(primary, config.batch, self._report)
+        self._about = {"run": config.run, "device": machine.device(), "commit": machine.commit(),
+                       "date": datetime.date.today().isoformat(), "primary": Path(config.primary).name,
+                       "aux": Path(config.aux).name}
+
+    def run(self, asked: Sequence[tuple[Job, slice]], tokenizer: str, until: float) -> bool:
+        """Answer every sample that isn't answered yet; False where the time `until` came first."""
+        total = len(self._columns) * sum(part.stop - part.start for _, part in asked)
+        self._progress.update(self._bar, total=total, completed=len(self._ledger.done))
+        for made in prepared(asked, tokenizer, self._config.judged, self._config.workers):
+            self._progress.update(self._bar, description=f"{made.job.name} {made.job.length or ''}")
+            for number, sample in enumerate(made.samples, made.first):
+                if time.monotonic() > until:
+                    self._pool.finish()
+                    return False
+                self._answer(made.job, sample, made.slots, number < self._config.examples)
+        self._pool.finish()
+        return True
+
+    def _answer(self, job: Job, sample: Sample, slots: int, example: bool) -> None:
+        """One sample by all methods, one after another; full attention first, which they are judged on."""
+        missing = [e for e in self._columns if _key(job, sample, e) not in self._ledger.done]
+        if not missing:
+            return
+        sides = self._lab.sides(sample, slots, max(sample.max_new_tokens, self._config.judged))
+        shared, prompt = request(sides), sides[0].prompt
+        plan, repaired, times = self._first_logits(FULL, shared)
+        reference = first_tokens(self._lab.primary, repaired.logits, len(prompt.ids), repaired.cache,
+                                 self._config.judged)
+        for entry in missing:
+            if entry is not FULL:
+                try:
+                    plan, repaired, times = self._first_logits(entry, request(sides) if self._config.times else shared)
+                except Exception as e:
+                    e.add_note(f"while {entry} answered {sample.id} of {job.name}")
+                    raise
+            self._pool.add(Tag(job, sample, entry, prompt, times, example), repaired, sample.max_new_tokens, reference,
+                           plan.recompute)
+
+    def _first_logits(self, entry: Entry, over: Request) -> tuple[Plan, Repaired, dict[str, float]]:
+        """What a method does up to the first token's logits. Where times are asked for, it runs alone."""
+        if self._config.times:
+            self._pool.wait()
+        started = time.perf_counter()
+        plan = entry.method.plan(over)
+        repaired = execute(over, plan, entry.method.caches)
+        if not self._config.times:
+            return plan, repaired, {}
+        repaired.logits.block_until_ready()
+        return plan, repaired, {"ttft": time.perf_counter() - started}
+
+    def _report(self, tag: Tag, answer: Answer) -> None:
+        sample, entry = tag.sample, tag.entry
+        mask = answer.mask[: tag.prompt.context_tokens]
+        text = self._lab.primary.tokenizer.decode(answer.ids)
+        pages: dict[str, Any] = {"context": sample.context, "selected": selected(tag.prompt, sample.context, mask),
+                                 "question": sample.question} if tag.example else {}
+        self._ledger.add([Row(
+            task=tag.job.name, length=tag.job.length or 0, method=entry.method.name, preset=entry.preset,
+            ratio=entry.ratio, sample=sample.id, prediction=text, references=sample.references,
+            score=sample.score(text), realised_ratio=float(mask.mean()), times=tag.times,
+            depth=sample.meta.get("depth"), kl_first_token=answer.kl_first_token, kl=answer.kl, top1=answer.top1,
+            prompt_tokens=len(tag.prompt.ids), answer_ids=answer.ids, **pages, **self._about)])
+        self._progress.advance(self._bar)
+
+
+def selected(prompt: Prompt, context: Sequence[str], mask: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Character ranges of the joined context that the tokens in `mask` cover, neighbours together."""
+    out: list[tuple[int, int]] = []
+    token = start = 0
+    for chunk, text in zip(prompt.chunks, context, strict=True):
+        for first, last in (chunk.spans[i] for i in np.flatnonzero(mask[token : token + len(chunk.ids)])):
+            if out and out[-1][1] >= start + first:
+                out[-1] = (out[-1][0], start + last)
+            else:
+                out.append((start + first, start + last))
+        token, start = token + len(chunk.ids), start + len(text)
+    return tuple(out)
+
+
+def _key(job: Job, sample: Sample, entry: Entry) -> Key:
+    return job.name, job.length or 0, entry.method.name, entry.preset, entry.ratio, sample.id
+
+
+def columns_of(config: ConfigDict) -> list[Entry]:
+    """The methods of a config, full attention first. Raises BadInput for two that reports couldn't tell apart."""
+    named = [e for asked in config.methods for e in entries(asked)]
+    out = [FULL, *(e for e in named if e.method != FULL.method)]
+    twice = [e for i, e in enumerate(out) if str(e) in map(str, out[:i])]
+    if twice:
+        raise BadInput(f"two methods are called {twice[0]}: give one of them another label")
+    return out
+
+
+def run(config: ConfigDict) -> Path | None:
+    """Run an evaluation; its file of rows, or None where `budget_seconds` were over before. Raises BadInput for what a
+    config can't ask, and for a run that is finished."""
+    until = time.monotonic() + config.budget_seconds if config.budget_seconds else float("inf")
+    if config.judged < 1:
+        raise BadInput(f"judged={config.judged} is out of range: 1 or more tokens")
+    asked = jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
+                 seed=config.seed)
+    columns, tokenizer = columns_of(config), str(pull(config.primary).path)
+    parts = shard(asked, config.shard, tokenizer, config.judged)
+    question = {k: v for k, v in config.to_dict().items() if k not in FREE}
+    with Ledger(target(config), question) as ledger:
+        enable_compilation_cache()
+        primary = load_model(tokenizer, dtype=config.dtype)
+        aux = None
+        if config.aux:
+            aux = primary if config.aux == config.primary else load_model(pull(config.aux).path, dtype=config.dtype)
+        with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(),
+                      TimeRemainingColumn()) as progress:
+            evaluation = Evaluation(config, ledger, primary, aux, columns, progress)
+            return ledger.finish() if evaluation.run(parts, tokenizer, until) else None
+
+
+def target(config: ConfigDict) -> Path:
+    """The run's file; a part of several has its own."""
+    out, (number, of) = Path(config.out), config.shard.split("/")
+    return out if of == "1" else out.with_name(f"{out.stem}.{number}of{of}{out.suffix}")
+
+
+def main(argv: list[str]) -> None:
+    """absl's entry point."""
+    del argv
+    config = _CONFIG.value
+    done = run(config)
+    print(done if done else f"{config.budget_seconds} seconds are over: run the same command again to go on")
+
+
+if __name__ == "__main__":
+    app.run(main)

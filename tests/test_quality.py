@@ -1,0 +1,167 @@
+"""The runner: what it answers, that it can be stopped and gone on with, and that parts make up the whole."""
+
+from __future__ import annotations
+
+import json
+
+import ml_collections
+import pytest
+
+from cacheclip_jax import CacheClip
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.store import Passage
+from configs.quality import defaults
+from eval.lab import format_of
+from eval.ledger import Ledger, key_of
+from eval.quality import run, target
+from eval.report import write
+from eval.rows import read_rows
+from eval.samples import jobs, made
+from tests import samples
+
+METHODS = ({"method": "naive"}, {"method": "cacheclip", "preset": "late", "ratios": (0.1, 0.3)})
+COLUMNS = 4  # with full attention
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    samples.squad(folder / "squad.json")
+    samples.records(folder / "kv.jsonl")
+    return folder
+
+
+@pytest.fixture
+def config(long_pair, data, tmp_path) -> ml_collections.ConfigDict:
+    """Two tasks of few samples, for the tiny pair."""
+    config = defaults.base()
+    config.update({
+        "run": "tiny", "out": str(tmp_path / "rows.jsonl"), "primary": str(long_pair[0]), "aux": str(long_pair[1]),
+        "dtype": "float32", "data": str(data), "methods": METHODS, "batch": 3, "workers": 0, "examples": 1,
+        "lengths": (2048,), "count": 1,
+        "tasks": ({"task": "squad", "data": "squad.json", "distractors": 3, "count": 2, "lengths": ()},
+                  {"task": "kv", "name": "kv-short", "data": "kv.jsonl", "records": 8})})
+    return config
+
+
+def rows(path):
+    """What rows say, in an order of their own."""
+    return sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda r: repr(key_of_dict(r)))
+
+
+def key_of_dict(row):
+    return [row[k] for k in ("task", "length", "method", "preset", "ratio", "sample")]
+
+
+def close(a, b):
+    """Rows that differ by rounding at most: batches are filled otherwise after an interruption."""
+    for one, other in zip(a, b, strict=True):
+        for name in ("kl", "kl_first_token"):
+            assert one.pop(name) == pytest.approx(other.pop(name), abs=1e-5)
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def whole(request, long_pair, data, tmp_path_factory):
+    """The rows of an uninterrupted run."""
+    return run(config.__wrapped__(long_pair, data, tmp_path_factory.mktemp("whole")))
+
+
+def test_every_sample_is_answered_by_every_method(whole):
+    found = read_rows([whole])
+    assert len(found) == 3 * COLUMNS and len({key_of(r) for r in found}) == len(found)
+    assert {(r.task, r.length) for r in found} == {("squad", 0), ("kv-short", 2048)}
+    assert all(r.prompt_tokens and r.references and r.kl is not None for r in found)
+    assert {r.realised_ratio for r in found if r.method == "full"} == {1.0}
+    for row in found:
+        assert bool(row.context) == bool(row.question)
+        if row.ratio:
+            assert 0 < row.realised_ratio <= row.ratio + 8 / 200
+    assert sum(bool(r.context) for r in found) == 2 * COLUMNS
+
+
+def test_answers_are_the_engines(whole, config):
+    job = jobs(config.tasks, (), config.data, count=1, split=config.split, seed=0)[0]
+    clip = CacheClip.load(config.primary, config.aux, "memory://test-quality", dtype="float32")
+    for sample in made(job, config.primary, config.judged).samples:
+        clip = CacheClip(clip.primary.model, clip.aux.model, clip.store, prompt_format=format_of(sample))
+        for method, ratio in (("full", None), ("cacheclip", 0.3)):
+            answer = clip.ask(sample.question, list(map(Passage.make, sample.context)), method=method, ratio=ratio,
+                              max_new_tokens=sample.max_new_tokens)
+            row, = (r for r in read_rows([whole]) if (r.sample, r.method, r.ratio) == (sample.id, method, ratio))
+            assert (row.answer_ids, row.prediction) == (answer.token_ids, answer.text)
+            assert row.realised_ratio == pytest.approx(answer.realised_ratio)
+            assert row.score == sample.score(answer.text)
+
+
+def test_selected_spans_are_the_recomputed_tokens_text(whole):
+    row = next(r for r in read_rows([whole]) if r.ratio == 0.3 and r.context)
+    text = "".join(row.context)
+    assert all(0 <= a < b <= len(text) for a, b in row.selected)
+    share = sum(b - a for a, b in row.selected) / len(text)
+    assert abs(share - row.realised_ratio) < 0.15
+    full = next(r for r in read_rows([whole]) if r.method == "full" and r.context)
+    assert full.selected and sum(b - a for a, b in full.selected) == len("".join(full.context))
+
+
+@pytest.mark.parametrize("kept", [1, 7])
+def test_a_stopped_run_goes_on_to_the_same_rows(whole, config, kept):
+    lines = whole.read_text().splitlines(keepends=True)
+    part = target(config).with_name("rows.jsonl.part")
+    config.budget_seconds = 1e-6  # over before the first sample
+    assert run(config) is None
+    config.budget_seconds = 0
+    part.write_text("".join(lines[:kept]) + lines[kept][:30])  # the next row was cut off
+    assert not target(config).exists()
+    close(rows(run(config)), rows(whole))
+    assert not part.exists()
+
+
+def test_parts_make_up_the_whole(whole, config):
+    files = []
+    for part in ("0/2", "1/2"):
+        config.shard = part
+        files.append(run(config))
+    assert [f.name for f in files] == ["rows.0of2.jsonl", "rows.1of2.jsonl"]
+    assert all(len(rows(f)) >= COLUMNS for f in files)
+    close(sorted((r for f in files for r in rows(f)), key=lambda r: repr(key_of_dict(r))), rows(whole))
+
+
+def test_a_finished_run_is_not_overwritten(whole, config):
+    before = whole.read_bytes()
+    config.out = str(whole)
+    with pytest.raises(BadInput, match="finished run"):
+        run(config)
+    assert whole.read_bytes() == before
+
+
+def test_a_report_can_be_written_of_it(whole, tmp_path):
+    assert "cacheclip late" in write([whole], tmp_path / "report")[1].read_text()
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"shard": "2/2"}, "shard='2/2'"),
+    ({"shard": "1"}, "shard='1'"),
+    ({"judged": 0}, "judged=0"),
+    ({"methods": ({"method": "cacheclop"},)}, "cacheclop"),
+    ({"methods": ({"method": "cacheclip", "preset": "early"},)}, "no preset 'early'"),
+    ({"methods": ({"method": "naive", "ratios": (0.1,)},)}, "naive recomputes a fixed share"),
+    ({"methods": ({"method": "naive", "colour": "red"},)}, "colour"),
+    ({"methods": ({"method": "naive"}, {"method": "naive"})}, "two methods are called naive"),
+    ({"tasks": ("squad", "squad")}, "two tasks are called squad"),
+    ({"tasks": ({"task": "squad", "data": "x.json"},), "data": ""}, "config.data"),
+])
+def test_what_a_config_can_not_ask_is_refused_before_any_work(config, tmp_path, changes, named):
+    config.update(changes)
+    with pytest.raises(BadInput, match=named):
+        run(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_gone_on_with_by_another_config(tmp_path):
+    with Ledger(tmp_path / "a.jsonl", {"count": 3, "ratios": (0.1,)}) as ledger:
+        assert not ledger.done
+    with Ledger(tmp_path / "a.jsonl", {"count": 3, "ratios": [0.1]}):
+        pass
+    with pytest.raises(BadInput, match=r"another count \(3, now 4\)"):
+        Ledger(tmp_path / "a.jsonl", {"count": 4, "ratios": (0.1,)})
