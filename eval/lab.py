@@ -31,8 +31,8 @@ from cacheclip_jax.side import Stage
 from eval.tasks import Sample
 
 FRAME_SLACK = 4  # tokens by which a template's and a text's may differ where they meet
-# Smallest number of rows, and sizes per doubling: a ratio meets two or three sizes, for 1/8 of padding at most.
-_ROWS: dict[Stage, tuple[int, int]] = {"question": (128, 8), "repair": (128, 8), "prefill": (64, 8)}
+# Smallest number of rows, and sizes per doubling: compiling for another size takes as long as hundreds of answers.
+_ROWS: dict[Stage, tuple[int, int]] = {"question": (128, 2), "repair": (256, 2), "prefill": (512, 8)}
 
 
 def format_of(sample: Sample) -> PromptFormat:

@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "paper-windows": {"scoring": SCORINGS["paper"], "grouping": Windows()},
         "look-ahead": {"scoring": Scoring(look_ahead=8)},
         "second-pass": {"scoring": Scoring(second_pass=0.1)},
+        "refined": {"scoring": Scoring(second_pass=0.1, look_ahead=8)},
     },
     "naive": {"none": {"prefix": "none"}},
     # Rivals with what helps them here too: chunks behind the shared prefix, groups of 8.

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -36,7 +37,7 @@ from cacheclip_jax.engine import enable_compilation_cache
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import Full
 from cacheclip_jax.model.load import Model, load_model
-from cacheclip_jax.model.pull import pull
+from cacheclip_jax.model.pull import MODELS, pull
 from cacheclip_jax.online import Repaired, execute
 from cacheclip_jax.plan import Plan
 from cacheclip_jax.prompt import Prompt
@@ -185,11 +186,13 @@ def run(config: ConfigDict) -> Path | None:
     """Run an evaluation; its file of rows, or None where `budget_seconds` were over before. Raises BadInput for what a
     config can't ask, and for a run that is finished."""
     until = time.monotonic() + config.budget_seconds if config.budget_seconds else float("inf")
+    if jax.default_backend() == "cpu" and config.dtype != "float32":
+        raise BadInput(f"dtype={config.dtype}: XLA decodes batches on a CPU in float32 only, so give dtype=float32")
     if config.judged < 1:
         raise BadInput(f"judged={config.judged} is out of range: 1 or more tokens")
     asked = jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
                  seed=config.seed)
-    columns, tokenizer = columns_of(config), str(pull(config.primary).path)
+    columns, tokenizer = columns_of(config), located(config.primary)
     parts = shard(asked, config.shard, tokenizer, config.judged)
     question = {k: v for k, v in config.to_dict().items() if k not in FREE}
     with Ledger(target(config), question) as ledger:
@@ -197,11 +200,16 @@ def run(config: ConfigDict) -> Path | None:
         primary = load_model(tokenizer, dtype=config.dtype)
         aux = None
         if config.aux:
-            aux = primary if config.aux == config.primary else load_model(pull(config.aux).path, dtype=config.dtype)
+            aux = primary if config.aux == config.primary else load_model(located(config.aux), dtype=config.dtype)
         with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(),
                       TimeRemainingColumn()) as progress:
             evaluation = Evaluation(config, ledger, primary, aux, columns, progress)
             return ledger.finish() if evaluation.run(parts, tokenizer, until) else None
+
+
+def located(model: str) -> str:
+    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
+    return str(pull(model).path) if model in MODELS else model
 
 
 def target(config: ConfigDict) -> Path:

@@ -17,6 +17,8 @@ from cacheclip_jax.model.load import load_tokenizer
 from eval.lab import frame_tokens
 from eval.tasks import Sample, Split, make
 
+FREE_SLOTS = 4096  # caches of samples without a length have multiples of it: every size takes minutes to compile
+
 
 @dataclass(frozen=True)
 class Job:
@@ -70,7 +72,7 @@ def jobs(tasks: Sequence[str | Mapping[str, Any]], lengths: Sequence[int], folde
 def made(job: Job, tokenizer: str, judged: int) -> Made:
     """A job's samples in the tokens of the model at the path `tokenizer`; `judged` slots at least are for the answer.
 
-    All samples of a length have as many slots; without a length, as many as the job's longest needs.
+    All samples of a length have as many slots; without a length, as many as the job's longest needs, in few sizes.
     """
     words = _tokenizer(tokenizer)
 
@@ -83,7 +85,7 @@ def made(job: Job, tokenizer: str, judged: int) -> Made:
     if not samples:
         raise BadInput(f"{job.name} has no samples in split {job.split!r}: choose another, or leave the task out")
     needed = job.length or max(s.tokens(spans) + frame for s in samples)
-    return Made(job, tuple(samples), bucket(needed + judged, 256) if job.length is None else bucket(needed, 256))
+    return Made(job, tuple(samples), bucket(needed + judged, FREE_SLOTS) if job.length is None else bucket(needed, 256))
 
 
 @lru_cache(maxsize=1)

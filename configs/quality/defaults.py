@@ -36,7 +36,7 @@ def base() -> ml_collections.ConfigDict:
     })
 
 
-CACHECLIP = ("late", "paper")
+CACHECLIP = ("late", "look-ahead", "second-pass", "refined", "paper")
 RIVALS = ("cacheblend", "epic", "prophetkv", "fusionrag", "a3", "specprefill", "oracle")
 RIVALS_BEHIND_THE_PREFIX = ("cacheblend", "epic", "prophetkv")
 
