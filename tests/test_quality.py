@@ -16,7 +16,7 @@ from eval.ledger import Ledger, key_of
 from eval.quality import run, target
 from eval.report import write
 from eval.rows import read_rows
-from eval.samples import jobs, made
+from eval.samples import jobs, made, prepared, shard
 from tests import samples
 
 METHODS = ({"method": "naive"}, {"method": "cacheclip", "preset": "late", "ratios": (0.1, 0.3)})
@@ -156,6 +156,12 @@ def test_what_a_config_can_not_ask_is_refused_before_any_work(config, tmp_path, 
     with pytest.raises(BadInput, match=named):
         run(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_make_the_same_samples(config):
+    asked = jobs(config.tasks, config.lengths, config.data, count=1, split="report", seed=0)
+    parts = shard(asked, "0/1", config.primary, 4)
+    assert list(prepared(parts, config.primary, 4, workers=1)) == list(prepared(parts, config.primary, 4, workers=0))
 
 
 def test_a_run_is_not_gone_on_with_by_another_config(tmp_path):
