@@ -17,7 +17,7 @@ from cacheclip_jax.model.load import load_tokenizer
 from eval.lab import frame_tokens
 from eval.tasks import Sample, Split, make
 
-FREE_SLOTS = 4096  # caches of samples without a length have multiples of it: every size takes minutes to compile
+FREE_SLOTS = 8192  # caches of samples without a length have multiples of it: every size takes minutes to compile
 
 
 @dataclass(frozen=True)
