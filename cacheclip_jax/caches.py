@@ -53,6 +53,7 @@ class ChunkCaches:
 
     def __init__(self, model: Model, store: ChunkStore, prompt_format: PromptFormat):
         self.model = model
+        self.asking = model  # reads questions; another one than encodes chunks where an adapter says so
         self.store = store
         self.host: HostTier | None = None  # of recently used chunks in host memory; the engine sets it
         self.staging = Staging(replicated(model.params.embed.sharding))

@@ -30,6 +30,7 @@ from cacheclip_jax.host import HostTier
 from cacheclip_jax.index import IndexReport, index_documents
 from cacheclip_jax.methods import Method, Plan, Request, make, takes_budget
 from cacheclip_jax.methods.method import Scores
+from cacheclip_jax.model.adapter import Adapter, load_adapter
 from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.tokenizer import nfc
 from cacheclip_jax.online import full_prefill, padded, question_scores, repair
@@ -75,10 +76,11 @@ class CacheClip:
 
     def __init__(self, primary: Model, aux: Model | None, store: ChunkStore, *,
                  prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008 (frozen)
-                 host_bytes: int = HOST_BYTES, device_bytes: int = 0):
+                 host_bytes: int = HOST_BYTES, device_bytes: int = 0, aux_adapter: Adapter | None = None):
         self.store = store
         self.primary = ChunkCaches(primary, store, prompt_format)
-        self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
+        self.scoring = Scoring() if aux_adapter is None else aux_adapter.scoring  # of methods given by name
+        self.aux = _adapted(aux, aux_adapter, store, prompt_format)
         self._make_tiers(host_bytes, device_bytes)
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="cacheclip")
         for caches in (pair := self._models()):
@@ -94,7 +96,7 @@ class CacheClip:
              store: str | Path | ChunkStore = "cacheclip-store", *, dtype: str = "bfloat16",
              aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
              prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008
-             host_bytes: int = HOST_BYTES, device_bytes: int = 0) -> CacheClip:
+             host_bytes: int = HOST_BYTES, device_bytes: int = 0, aux_adapter: str | Path | None = None) -> CacheClip:
         """Load both models and open (or make) a store.
 
         Args:
@@ -107,6 +109,7 @@ class CacheClip:
           host_bytes: how many bytes of chunk caches stay in host memory, for both models; 0 reads every one from the
             store.
           device_bytes: how many bytes of chunk caches stay on the device, for both models; none by default.
+          aux_adapter: a directory that finetuning wrote (docs/finetune.md): changes of the aux model and how it scores.
 
         Raises UnsupportedModel, BadModelFile or StoreError, each saying what to do.
         """
@@ -122,7 +125,7 @@ class CacheClip:
             same = str(aux) == str(primary) and small_mesh is mesh
             small = big if same else load_model(aux, dtype=dtype, mesh=small_mesh)
         return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context, host_bytes=host_bytes,
-                   device_bytes=device_bytes)
+                   device_bytes=device_bytes, aux_adapter=None if aux_adapter is None else load_adapter(aux_adapter))
 
     def _make_tiers(self, host_bytes: int, device_bytes: int) -> None:
         """Give both models tiers in host memory and on their devices that hold about as many tokens each."""
@@ -277,7 +280,8 @@ class CacheClip:
         if ratio is not None:
             budget = Budget(ratio=ratio)
         if isinstance(method, str):
-            return make(method, budget if takes_budget(method) else None)
+            return make(method, budget if takes_budget(method) else None,
+                        **{"scoring": self.scoring} if method == "cacheclip" else {})
         if budget is not None:
             raise BadInput(f"the method {method.name} is configured already: set its budget there, not beside it")
         return method
@@ -332,6 +336,19 @@ class CacheClip:
         padded_ids, padded_positions = padded(ids, positions)
         return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache,
                          model.attention.name)
+
+
+def _adapted(aux: Model | None, adapter: Adapter | None, store: ChunkStore, prompt_format: PromptFormat
+             ) -> ChunkCaches | None:
+    """The aux model's chunk caches, by the models that its adapter makes of it."""
+    if aux is None:
+        if adapter is not None:
+            raise BadInput(f"the adapter of {adapter.base_name} needs that aux model: load it with aux=...")
+        return None
+    encoder, asking = (aux, aux) if adapter is None else adapter.adapted(aux)
+    caches = ChunkCaches(encoder, store, prompt_format)
+    caches.asking = asking
+    return caches
 
 
 def _check_length(prompt: Prompt, reserve: int, limit: int, who: str) -> None:

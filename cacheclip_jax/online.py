@@ -24,13 +24,13 @@ from cacheclip_jax.score import Scoring, embed_and_score, layer_mean, score, sco
 def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots: int, feed: Feed | None) -> jax.Array:
     """Attention of the question to every slot of the aux model's cache [S]: over chunk caches that are still arriving,
     or without a `feed` over the aux model's own prefill of the whole prompt."""
-    model, cfg, on = caches.model, caches.model.config, caches.staging.sharding
+    model, cfg, on = caches.asking, caches.model.config, caches.staging.sharding
     ids, positions = padded(prompt.question, prompt.question_start + np.arange(len(prompt.question)), minimum=16)
     last, how = np.int32(len(prompt.question) - 1), model.attention.name
     key, weights = scoring.key, scoring.weights(cfg)
     further = bool(scoring.second_pass or scoring.look_ahead)
     if feed is None:
-        _, cache = full_prefill(model, prompt.ids[: prompt.question_start], slots)
+        _, cache = full_prefill(caches.model, prompt.ids[: prompt.question_start], slots)
         if not further:
             return score(model.params, cfg, key, ids, positions, last, cache, how, weights)
         x, scores, cache = embed_and_score(model.params, cfg, key, ids, positions, last, cache, how, weights)
