@@ -26,7 +26,8 @@ TEMPLATE_TOKENS = 64  # kept free for a chat template
 class Benchmark:
     """Which tasks are trained on and which are held out, whole, and how many examples of each at each length.
 
-    folder: has the files that `FILES` names. lengths: tokens of prompt and answer at most.
+    folder: has the files that `FILES` names. lengths: tokens of prompt and answer at most. chunk_tokens: of tasks that
+    are cut into token windows; the others come in passages.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class Benchmark:
     per_task: int = 0
     holdout_per_task: int = 0
     lengths: tuple[int, ...] = (4096,)
+    chunk_tokens: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,10 +56,11 @@ def benchmark_examples(wanted: Benchmark, spans: Spans, work: Path) -> list[Exam
         for name in names:
             for number, length in enumerate(wanted.lengths):
                 data = _data(name, wanted.folder, work)
+                size = {} if name in FILES else {"chunk_tokens": wanted.chunk_tokens}
                 # Another seed for each length, so that no question of a data set comes with the same company twice.
                 samples = make(name, tokenizer_spans=spans, length=length, split="tune", data=data,
                                count=_at_most(name, data, count), seed=wanted.seed + number,
-                               template_tokens=TEMPLATE_TOKENS)
+                               template_tokens=TEMPLATE_TOKENS, **size)
                 out += [_example(sample, part) for sample in samples]
     return out
 
@@ -92,5 +95,5 @@ def _at_most(name: str, data: Path | None, count: int) -> int:
 
 
 def _example(sample: Sample, part: Part) -> Example:
-    return Example(f"{sample.id}/{sample.meta.get('length')}", sample.task, part, sample.instructions, sample.context,
+    return Example(sample.id, sample.task, part, sample.instructions, sample.context,
                    sample.question, sample.answer_prefix)

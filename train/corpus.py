@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cacheclip_jax.documents import read_documents, split
@@ -40,7 +40,7 @@ class Corpus:
     length: int = 4096
     per_passage: int = 2
     seed: int = 0
-    format: PromptFormat = PromptFormat()
+    format: PromptFormat = field(default_factory=PromptFormat)
 
 
 def corpus_examples(corpus: Corpus, tokenizer: Tokenizer) -> list[Example]:
@@ -49,7 +49,8 @@ def corpus_examples(corpus: Corpus, tokenizer: Tokenizer) -> list[Example]:
     A question stands among the passages that BM25 finds for it, its own included, in random order. Held-out questions
     are about other passages than those trained on. Raises BadInput when the documents pose no question.
     """
-    passages = [p for document in read_documents(corpus.sources) for p in split(document, tokenizer, corpus.chunk_tokens)]
+    documents = read_documents(corpus.sources)
+    passages = [p for document in documents for p in split(document, tokenizer, corpus.chunk_tokens)]
     if not passages:
         raise BadInput(f"{', '.join(corpus.sources)}: every document is empty")
     pool, out = Retriever(passages), []
@@ -78,7 +79,8 @@ def _questions(corpus: Corpus, passages: Sequence[Passage]) -> Iterator[tuple[Pa
         rng = random.Random(f"{corpus.seed}:{passage.id}")
         for task, maker in makers:
             found = maker(passage.text, rng)
-            yield from ((passage, task, question) for question in rng.sample(found, min(corpus.per_passage, len(found))))
+            chosen = rng.sample(found, min(corpus.per_passage, len(found)))
+            yield from ((passage, task, question) for question in chosen)
 
 
 def _cloze(text: str, rng: random.Random) -> list[str]:

@@ -93,8 +93,8 @@ def read_rows(weights: Stacked, cfg: ModelConfig, ids: Int[Array, "T"], position
     """One prompt's rows over its caches: the rows as they leave the last layer, and `reduce(weights, extra)` of every
     layer, stacked.
 
-    `weights` are a layer's attention weights summed over rows by `row_weights`; `extra`, like `lora`, has a leading axis
-    L. Rows are sorted by position, padding (-1) comes last. Attention is recomputed for a gradient, never kept.
+    `weights` are a layer's attention weights summed over rows by `row_weights`; `extra`, like `lora`, has a leading
+    axis L. Rows are sorted by position, padding (-1) comes last. Attention is recomputed for a gradient, never kept.
     """
     @jax.checkpoint
     def layer_of(x, scanned):

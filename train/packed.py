@@ -13,6 +13,8 @@ from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.select import group_ids
 
+GROUP = 8  # context tokens that are selected together: what methods do by default
+
 
 @struct.dataclass
 class Packed:
@@ -21,8 +23,8 @@ class Packed:
 
     ids, part: of each slot, its token and whose it is: 0 the prefix's, 1 and up a chunk's, -1 padding. local: the
     position at which the slot's token is encoded, behind the prefix. rows, positions: the question's tokens and their
-    absolute positions, -1 padding. count: how many rows are real. context: which slots are the context's. starts, sizes:
-    first slot and tokens of each group of context tokens, size 0 for padding.
+    absolute positions, -1 padding. count: how many rows are real. context: which slots are the context's. starts,
+    sizes: first slot and tokens of each group of context tokens, size 0 for padding.
     """
 
     ids: Int[Array | np.ndarray, "*B S"]
@@ -36,15 +38,15 @@ class Packed:
     sizes: Int[Array | np.ndarray, "*B S"]
 
 
-def pack(prompt: Prompt, slots: int, rows: int, answer: int = 0, group: int = 8) -> Packed:
+def pack(prompt: Prompt, slots: int, rows: int, answer: int = 0) -> Packed:
     """A prompt in `slots` slots and `rows` rows, of which `answer` stay free after the question.
 
     Raises ContextTooLong with the numbers where it doesn't fit.
     """
     P, Q, end = len(prompt.prefix), len(prompt.question), prompt.question_start
     if Q + answer > rows or len(prompt.ids) + answer > slots:
-        raise ContextTooLong(f"a prompt of {len(prompt.ids)} tokens, {Q} of them the question's, and {answer} answer tokens "
-                             f"don't fit {slots} slots and {rows} rows: raise data.lengths or data.question_tokens")
+        raise ContextTooLong(f"a prompt of {len(prompt.ids)} tokens, {Q} of them the question's, and {answer} answer "
+                             f"tokens don't fit {slots} slots and {rows} rows: give larger sizes")
     lengths = prompt.chunk_lengths
     ids, part, local = np.zeros(slots, np.int32), np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
     ids[:end] = prompt.ids[:end]
@@ -52,7 +54,7 @@ def pack(prompt: Prompt, slots: int, rows: int, answer: int = 0, group: int = 8)
     local[:end] = np.concatenate([np.arange(P), *(P + np.arange(n) for n in lengths)])
     row_ids, positions = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
     row_ids[:Q], positions[:Q] = prompt.question, end + np.arange(Q)
-    groups = group_ids(lengths, group)
+    groups = group_ids(lengths, GROUP)
     first = np.flatnonzero(np.diff(groups, prepend=-1))
     starts, sizes = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
     starts[: len(first)], sizes[: len(first)] = P + first, np.diff(first, append=len(groups))

@@ -91,20 +91,21 @@ def _judge(weights: Stacked, cfg: ModelConfig, eos, teaching: Teaching, packed: 
 def greedy(weights: Stacked, cfg: ModelConfig, packed: Packed, cache: Cache, eos: Int[Array, "E"], tokens: int
            ) -> tuple[Int[Array, "T"], Int[Array, "T"], Int[Array, "A"], Bool[Array, "A"]]:
     """The rows of question and greedy answer (ids and positions), the answer with -1 after its end, and which of its
-    tokens are real, the one that ends it included. All rows run again for each token: few rows cost about as much as one.
+    tokens are real, the one that ends it included. All rows run again for each token: few rows cost about as much as
+    one.
     """
-    first = packed.positions[0]
+    row = jnp.arange(len(packed.rows))
+    positions = jnp.where(row < packed.count + tokens, packed.positions[0] + row, -1)
 
     def extend(i, ids):
-        return ids.at[packed.count + i].set(jnp.argmax(_predict(weights, cfg, ids, everywhere, cache, packed.count - 1 + i,
-                                                                1)[0]).astype(ids.dtype))
+        logits = _predict(weights, cfg, ids, positions, cache, packed.count - 1 + i, 1)[0]
+        return ids.at[packed.count + i].set(jnp.argmax(logits).astype(ids.dtype))
 
-    everywhere = jnp.where(jnp.arange(len(packed.rows)) < packed.count + tokens, first + jnp.arange(len(packed.rows)), -1)
     ids = jax.lax.fori_loop(0, tokens, extend, packed.rows)
     answer = jax.lax.dynamic_slice_in_dim(ids, packed.count, tokens)
     ends = jnp.isin(answer, eos)
     real = jnp.cumsum(ends) - ends == 0
-    return ids, everywhere, jnp.where(real, answer, -1), real
+    return ids, positions, jnp.where(real, answer, -1), real
 
 
 def _predict(weights, cfg, ids, positions, cache, start, count) -> Float[Array, "A V"]:

@@ -95,6 +95,11 @@ def load_config(source: str | Path) -> ModelConfig:
     return read_config(path) if path.is_dir() else gguf.gguf_config(path)
 
 
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """A model's tokenizer without its weights. Raises as `load_model`."""
+    return _tokenizer(_locate(source))
+
+
 def load_params(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, str]:
     """A directory's or .gguf file's config, weights and fingerprint, without a tokenizer. Raises as `load_model`."""
     if path.is_dir():

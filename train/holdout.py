@@ -1,0 +1,43 @@
+"""Held-out recall: a student's selections on tasks that it was never trained on, against the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import batched
+from statistics import mean
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cacheclip_jax.model.config import ModelConfig
+from train.dataset import Lesson, batch_of
+from train.devices import spread
+from train.forward import Kernel, Stacked
+from train.recall import recall
+from train.student import Design, Student, score
+
+_score = jax.jit(score, static_argnames=("cfg", "design", "how"))
+
+
+def holdout_recall(student: Student, weights: Stacked, cfg: ModelConfig, design: Design, held: Sequence[Lesson], *,
+                   budgets: Sequence[float], rows: int, batch: int, mesh: Mesh, how: Kernel) -> dict[str, float]:
+    """Recall of the teacher's top tokens by budget ("recall@0.2", the mean over tasks), by budget and task
+    ("recall@0.2/vt"), and "recall", the mean over budgets."""
+    found: dict[tuple[float, str], list[float]] = {}
+    run = partial(_score, student, weights, cfg, design, how=how)
+    ordered = sorted(held, key=lambda each: each.slots)
+    for slots in sorted({each.slots for each in ordered}):
+        for group in batched((each for each in ordered if each.slots == slots), batch):
+            whole = [*group, *(group[-1] for _ in range(batch - len(group)))]
+            scores = np.asarray(run(spread(batch_of(whole, rows), mesh).packed))
+            for each, line in zip(group, scores, strict=False):  # what filled the batch up is dropped
+                start, lengths = len(each.prompt.prefix), each.prompt.chunk_lengths
+                mine = line[start : start + sum(lengths)]
+                for budget in budgets:
+                    found.setdefault((budget, each.task), []).append(recall(mine, each.target, lengths, budget))
+    by_task = {f"recall@{budget:g}/{task}": mean(values) for (budget, task), values in sorted(found.items())}
+    by_budget = {f"recall@{budget:g}": mean(v for n, v in by_task.items() if n.startswith(f"recall@{budget:g}/"))
+                 for budget in budgets}
+    return {"recall": mean(by_budget.values()), **by_budget, **by_task}
