@@ -18,6 +18,7 @@ from eval.tasks.layouts import rows
 from eval.tasks.split import half
 from train.example import Example, Part
 
+ROOM = 32  # tokens of a prompt's length that stay free for the answer
 CLOZE = "Which words are missing in this sentence of the passages?\n{sentence}"
 LOOKUP = "What do the passages say for \"{key}\"?"
 _PAIR = re.compile(r"^[\s*#|-]*([^\n:=|]{3,60}?)\s*[:=|]\s+(\S[^\n]{0,200})$", re.MULTILINE)
@@ -59,8 +60,8 @@ def corpus_examples(corpus: Corpus, tokenizer: Tokenizer) -> list[Example]:
         rng = random.Random(f"{corpus.seed}:{question}")
         chunks = _company(corpus, pool, own, question, tokenizer, rng)
         name = f"{task}/{own.id if own else 'corpus'}/{rng.getrandbits(48):012x}"
-        out.append(Example(name, task, part, corpus.format.instructions, chunks,
-                           corpus.format.question.replace("{question}", question)))
+        out.append(Example(name, task, part, corpus.format.instructions, chunks, question,
+                           frame=corpus.format.question, system=corpus.format.system))
     if not out:
         raise BadInput(f"{', '.join(corpus.sources)}: no sentence or \"key: value\" line to ask about was found; "
                        "give questions of your own (a .jsonl file)")
@@ -108,7 +109,8 @@ def _company(corpus: Corpus, pool: Retriever, own: Passage | None, question: str
     """The chunks of a prompt: BM25's best passages, as many as the length holds, the question's own among them."""
     best = pool.top(question, max(2, corpus.length // 32))[::-1]
     ranked = best if own is None else [own, *(p for p in best if p.id != own.id)]
-    room = corpus.length - 160 - len(tokenizer.encode(nfc(question + corpus.format.instructions)).ids)
+    frame = corpus.format.prefix_ids(tokenizer) + corpus.format.question_ids(tokenizer, question)
+    room = corpus.length - len(frame) - ROOM
     kept: list[str] = []
     for passage in ranked:
         text = corpus.format.chunk_text(passage)

@@ -18,7 +18,8 @@ Part = Literal["train", "holdout"]
 class Example:
     """One prompt to learn from, or to measure on where `part` is "holdout".
 
-    The prompt is `instructions`, the chunks one after another, the question, and the beginning of the answer.
+    The prompt is `instructions`, the chunks one after another, the question within its `frame`, and the beginning of
+    the answer; `system` goes into the chat header, as in `PromptFormat`.
     """
 
     id: str
@@ -28,10 +29,12 @@ class Example:
     chunks: tuple[str, ...]
     question: str
     answer_prefix: str = ""
+    frame: str = "{question}"
+    system: str | None = None
 
     def prompt(self, tokenizer: Tokenizer) -> Prompt:
         """The prompt's ids for a model, each part tokenised alone as the engine does."""
-        form = PromptFormat(instructions=self.instructions, chunk="{text}", question="{question}")
+        form = PromptFormat(self.instructions, "{text}", self.frame, self.system)
         question = form.question_ids(tokenizer, self.question) + tokenizer.encode(nfc(self.answer_prefix)).ids
         return Prompt(form.prefix_ids(tokenizer), tuple(tokenizer.encode(nfc(c)) for c in self.chunks), question)
 
