@@ -1,4 +1,4 @@
-"""The training job at toy size: loss falls, a killed run resumes exactly, the adapter scores online as it was trained."""
+"""The training job at toy size: loss falls, a killed run resumes exactly, the adapter scores as it was trained."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,8 @@ NAMES = ("north", "south", "east", "west", "upper", "lower", "inner", "outer", "
 
 
 def document(name: str, number: int) -> str:
-    return (f"keeper of the {name} mat: cat {number}\nThe {name} mat is at the {name} end of the hall, and {number} cats "
-            f"sat on the mat there. The end of the {name} hall is where the cats of the mat {number} have sat.\n")
+    return (f"keeper of the {name} mat: cat {number}\nThe {name} mat is at the {name} end of the hall, and {number} "
+            f"cats sat on the mat there. The end of the {name} hall is where the cats of the mat {number} have sat.\n")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ class Benchmark:
     are cut into token windows; the others come in passages.
     """
 
-    folder: Path
+    folder: str
     tasks: tuple[str, ...] = ()
     holdout: tuple[str, ...] = ()
     per_task: int = 0
@@ -55,7 +55,7 @@ def benchmark_examples(wanted: Benchmark, spans: Spans, work: Path) -> list[Exam
     for part, names, count in parts:
         for name in names:
             for number, length in enumerate(wanted.lengths):
-                data = _data(name, wanted.folder, work)
+                data = _data(name, Path(wanted.folder), work)
                 size = {} if name in FILES else {"chunk_tokens": wanted.chunk_tokens}
                 # Another seed for each length, so that no question of a data set comes with the same company twice.
                 samples = make(name, tokenizer_spans=spans, length=length, split="tune", data=data,

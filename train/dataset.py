@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class Batch:
     """Packed prompts, and the teacher's scores on their slots."""
 
     packed: Packed
-    target: Float[Array | np.ndarray, "B S"]
+    target: Float[Any, "B S"]
 
 
 def read_prompts(examples: Sequence[Example], primary: Tokenizer, aux: Tokenizer, sizes: Sizes) -> list[Asked]:

@@ -6,6 +6,7 @@ scanned, chunks lie in one row of slots with a mask, so that any number of chunk
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -62,8 +63,9 @@ def encode_context(weights: Stacked, cfg: ModelConfig, packed: Packed, context: 
     mask = _visible(packed, context)
 
     @jax.checkpoint
-    def layer_of(x, layer_and_lora):
-        layer = _tuned(*layer_and_lora, cfg)
+    def layer_of(x, scanned):
+        layer, change = scanned
+        layer = _tuned(layer, change, cfg)
         q, k, v = (y.reshape(B, S, -1, cfg.head_dim) for y in decoder.project(x.reshape(B * S, -1), layer, cfg))
         attended = jax.nn.dot_product_attention(_rotated(q, local, cfg), _rotated(k, local, cfg), v, mask=mask,
                                                 implementation=how)
@@ -121,4 +123,4 @@ def score_batch(weights: Stacked, cfg: ModelConfig, packed: Packed, cache: Cache
 
 
 def _tuned(layer: Layer, lora: Lora | None, cfg: ModelConfig) -> Layer:
-    return layer if lora is None else layer.replace(qkv=merged(layer.qkv, cfg, lora))
+    return layer if lora is None else dataclasses.replace(layer, qkv=merged(layer.qkv, cfg, lora))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
 from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.prompt import Prompt
@@ -27,15 +28,15 @@ class Packed:
     sizes: first slot and tokens of each group of context tokens, size 0 for padding.
     """
 
-    ids: Int[Array | np.ndarray, "*B S"]
-    part: Int[Array | np.ndarray, "*B S"]
-    local: Int[Array | np.ndarray, "*B S"]
-    rows: Int[Array | np.ndarray, "*B T"]
-    positions: Int[Array | np.ndarray, "*B T"]
-    count: Int[Array | np.ndarray, "*B"]
-    context: Bool[Array | np.ndarray, "*B S"]
-    starts: Int[Array | np.ndarray, "*B S"]
-    sizes: Int[Array | np.ndarray, "*B S"]
+    ids: Int[Any, "*B S"]
+    part: Int[Any, "*B S"]
+    local: Int[Any, "*B S"]
+    rows: Int[Any, "*B T"]
+    positions: Int[Any, "*B T"]
+    count: Int[Any, "*B"]
+    context: Bool[Any, "*B S"]
+    starts: Int[Any, "*B S"]
+    sizes: Int[Any, "*B S"]
 
 
 def pack(prompt: Prompt, slots: int, rows: int, answer: int = 0) -> Packed:

@@ -82,11 +82,9 @@ def settings(config: Mapping[str, Any]) -> Settings:
 
 
 def _made[T](kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass of a config's values, lists as tuples and paths as paths."""
+    """A dataclass of a config's values, lists as tuples."""
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise BadInput(f"{kind.__name__.lower()} has no setting {unknown[0]!r}: it has {', '.join(sorted(known))}")
     made = {name: tuple(value) if isinstance(value, list | tuple) else value for name, value in values.items()}
-    if "folder" in made:
-        made["folder"] = Path(made["folder"])
     return kind(**made)

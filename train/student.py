@@ -101,7 +101,7 @@ def score(student: Student, weights: Stacked, cfg: ModelConfig, design: Design, 
     depth = design.scoring().depth(cfg.num_layers)
     layers, lora, heads = jax.tree.map(lambda leaf: leaf[:depth], (
         weights.layers, scaled(student, cfg, design), all_head_weights(student, cfg, design)))
-    used = weights.replace(layers=layers)
+    used = Stacked(weights.top, layers)
     cache = encode_context(used, cfg, packed, design.context, how, lora if design.rows == "all" else None)
     return score_batch(used, cfg, packed, cache, heads, lora)
 

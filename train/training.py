@@ -115,7 +115,7 @@ def train(run: Settings, model: Model, learnt: Sequence[Lesson], held: Sequence[
         batch, lessons = next(stream)
         student, optimizer, parts = train_step(state.student, state.optimizer, weights, spread(batch, mesh), cfg,
                                                design, run.loss, move, how)
-        state = state.replace(student=student, optimizer=optimizer)
+        state = State(student, optimizer, state.best)
         progress.step += 1
         pace.add(lessons, step_flops(cfg, design, lessons))
         last = progress.step == run.optimizing.steps
@@ -130,7 +130,7 @@ def train(run: Settings, model: Model, learnt: Sequence[Lesson], held: Sequence[
             progress.stale += 1
             if recalls["recall"] > progress.best_recall:
                 progress.best_recall, progress.best_step, progress.stale = recalls["recall"], progress.step, 0
-                state = state.replace(best=jax.tree.map(jnp.copy, state.student))
+                state = State(student, optimizer, jax.tree.map(jnp.copy, student))
         progress.wall = time.perf_counter() - began
         if saved or progress.stale == run.stopping.patience:
             checkpoints.save(progress.step, state, {"progress": vars(progress), "data": stream.get_state(),

@@ -110,7 +110,7 @@ def _fetched(group: tuple[Prompt, ...], verdict) -> Iterator[tuple[Prompt, Kept]
 
 def read_verdicts(folder: Path) -> dict[str, Kept]:
     """All verdicts of a folder by key. Raises BadInput for a damaged shard."""
-    out = {}
+    out: dict[str, Kept] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safetensors.safe_open(file, framework="np") as shard:

@@ -118,7 +118,7 @@ class Adapter:
 
 def add_lora(params: Params, cfg: ModelConfig, lora: Sequence[Lora | None]) -> Params:
     """Weights with low-rank changes merged in; what doesn't change is shared."""
-    layers = [layer if change is None else layer.replace(qkv=_merge(layer.qkv, cfg, change))
+    layers = [layer if change is None else dataclasses.replace(layer, qkv=_merge(layer.qkv, cfg, change))
               for layer, change in zip(params.layers, lora, strict=True)]
     return Params(params.embed, tuple(layers), params.final_norm, params.head)
 
