@@ -31,6 +31,7 @@ from train.corpus import corpus_examples
 from train.dataset import Asked, lessons, read_prompts
 from train.devices import data_mesh
 from train.example import Example, read_examples, write_examples
+from train.holdout import recalls
 from train.settings import Settings, settings
 from train.student import to_adapter
 from train.training import Trained, train
@@ -48,7 +49,7 @@ def finetune(run: Settings, until: str = "adapter", command: str = "") -> Path:
     enable_compilation_cache()
     for name in {run.primary, run.aux} & set(MODELS):
         pull(name)
-    file = run.out / "examples.jsonl"
+    file = run.data / "examples.jsonl"
     if not file.exists():
         write_examples(file, _examples(run))
     if until == "examples":
@@ -57,7 +58,7 @@ def finetune(run: Settings, until: str = "adapter", command: str = "") -> Path:
     examples = read_examples(file)
     asked = read_prompts(examples, load_tokenizer(run.primary), load_tokenizer(run.aux), run.sizes)
     console.print(f"{len(asked)} of {len(examples)} examples fit: {_counts(asked)}")
-    folder = run.out / "verdicts"
+    folder = run.data / "verdicts"
     judged = judge([(each.primary, each.slots) for each in asked], lambda: load_model(run.primary, dtype=run.dtype),
                    run.teaching, folder, mesh, rows=run.sizes.rows, batch=run.teacher_batch)
     taught = time.perf_counter() - began
@@ -69,7 +70,9 @@ def finetune(run: Settings, until: str = "adapter", command: str = "") -> Path:
     model = load_model(run.aux, dtype=run.dtype)
     trained = train(run, model, parts["train"], parts["holdout"], mesh, console)
     row = summary(run, trained, {name: len(lot) for name, lot in parts.items()}, command)
-    row |= {"verdicts": judged, "verdict_seconds": round(taught, 1), "seconds": round(time.perf_counter() - began, 1)}
+    ceiling = recalls([(each, each.target) for each in parts["holdout"]], run.stopping.budgets)
+    row |= {"recall_ceiling": _rounded(ceiling), "verdicts": judged, "verdict_seconds": round(taught, 1),
+            "seconds": round(time.perf_counter() - began, 1)}
     card = {name: row[name] for name in ("device", "date", "commit", "command", "primary", "target", "examples",
                                          "steps", "recall_before", "recall_after")}
     tasks = {part: dict(Counter(each.task for each in lot)) for part, lot in parts.items()}
@@ -98,7 +101,7 @@ def summary(run: Settings, trained: Trained, examples: dict[str, int], command: 
 def _examples(run: Settings) -> list[Example]:
     tokenizer, out = load_tokenizer(run.primary), []
     if run.benchmark.tasks or run.benchmark.holdout:
-        out += benchmark_examples(run.benchmark, lambda text: tokenizer.encode(text).spans, run.out)
+        out += benchmark_examples(run.benchmark, lambda text: tokenizer.encode(text).spans, run.data)
     if run.corpus.sources:
         out += corpus_examples(run.corpus, tokenizer)
     if not out:

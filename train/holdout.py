@@ -25,7 +25,7 @@ def holdout_recall(student: Student, weights: Stacked, cfg: ModelConfig, design:
                    budgets: Sequence[float], rows: int, batch: int, mesh: Mesh, how: Kernel) -> dict[str, float]:
     """Recall of the teacher's top tokens by budget ("recall@0.2", the mean over tasks), by budget and task
     ("recall@0.2/vt"), and "recall", the mean over budgets."""
-    found: dict[tuple[float, str], list[float]] = {}
+    found: list[tuple[Lesson, np.ndarray]] = []
     run = partial(_score, student, weights, cfg, design, how=how)
     ordered = sorted(held, key=lambda each: each.slots)
     for slots in sorted({each.slots for each in ordered}):
@@ -33,10 +33,19 @@ def holdout_recall(student: Student, weights: Stacked, cfg: ModelConfig, design:
             whole = [*group, *(group[-1] for _ in range(batch - len(group)))]
             scores = np.asarray(run(spread(batch_of(whole, rows), mesh).packed))
             for each, line in zip(group, scores, strict=False):  # what filled the batch up is dropped
-                start, lengths = len(each.prompt.prefix), each.prompt.chunk_lengths
-                mine = line[start : start + sum(lengths)]
-                for budget in budgets:
-                    found.setdefault((budget, each.task), []).append(recall(mine, each.target, lengths, budget))
+                start = len(each.prompt.prefix)
+                found.append((each, line[start : each.prompt.question_start]))
+    return recalls(found, budgets)
+
+
+def recalls(scored: Sequence[tuple[Lesson, np.ndarray]], budgets: Sequence[float]) -> dict[str, float]:
+    """The recalls of lessons with the scores of their context tokens, named as in `holdout_recall`. With the teacher's
+    own scores this is the ceiling: what selecting whole groups costs."""
+    found: dict[tuple[float, str], list[float]] = {}
+    for each, scores in scored:
+        for budget in budgets:
+            value = recall(scores, each.target, each.prompt.chunk_lengths, budget)
+            found.setdefault((budget, each.task), []).append(value)
     by_task = {f"recall@{budget:g}/{task}": mean(values) for (budget, task), values in sorted(found.items())}
     by_budget = {f"recall@{budget:g}": mean(v for n, v in by_task.items() if n.startswith(f"recall@{budget:g}/"))
                  for budget in budgets}

@@ -22,7 +22,7 @@ class Loss:
     ranking: ListNet (Cao et al. 2007, equation 4: cross entropy of top-one probabilities) of the logarithms of the
       scores at `temperature`: above 1 what lies below the very best counts for more.
     recall: 1 - the soft recall of the teacher's top tokens, mean over `budgets` (shares of the context): a group is in
-      by the sigmoid of how far the logarithm of its score is above the last one that the budget takes, over `softness`.
+      by the sigmoid of how far the logarithm of its score is above the edge of what the budget takes, over `softness`.
     """
 
     kl: float = 1.0
@@ -63,7 +63,8 @@ def soft_recall(log_p: Float[Array, "G"], target: Float[Array, "S"], packed: Pac
     for budget in budgets:
         tokens = jnp.round(budget * total)
         last = jnp.maximum(jnp.sum((before < tokens) & real[order]) - 1, 0)
-        taken = jax.nn.sigmoid((log_p - jax.lax.stop_gradient(log_p[order[last]])) / softness)
+        edge = jax.lax.stop_gradient(log_p[order[jnp.array([last, jnp.minimum(last + 1, real.sum() - 1)])]].mean())
+        taken = jax.nn.sigmoid((log_p - edge) / softness)
         wanted = _sums(jnp.where((rank < tokens) & (target > 0), 1.0, 0.0), _members(packed))
         found.append(jnp.sum(taken * wanted) / jnp.maximum(wanted.sum(), 1))
     return jnp.stack(found).mean()

@@ -34,8 +34,10 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Files go to `out`; the same settings on the same machine give the same adapter, interrupted or not."""
+    """One run. Examples and verdicts go to `data`, which runs may share, all else to `out`. The same settings on the
+    same machine give the same adapter, interrupted or not."""
 
+    data: Path
     out: Path
     results: Path
     primary: str
@@ -74,7 +76,8 @@ def settings(config: Mapping[str, Any]) -> Settings:
     plain = ("primary", "aux", "dtype", "seed", "devices", "batch", "teacher_batch", "target", "min_kl", "log_every",
              "checkpoint_every", "peak_flops")
     return Settings(
-        out=Path(config["out"]), results=Path(config["results"]), **{name: config[name] for name in plain},
+        data=Path(config["data"]), out=Path(config["out"]), results=Path(config["results"]),
+        **{name: config[name] for name in plain},
         sizes=Sizes(lengths, config["question_tokens"], teaching.answer_tokens), benchmark=benchmark,
         corpus=_made(Corpus, corpus | {"length": max(lengths), "seed": config["seed"], "format": form}),
         teaching=teaching, design=_made(Design, config["design"]), loss=_made(Loss, config["loss"]),

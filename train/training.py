@@ -143,7 +143,8 @@ def train(run: Settings, model: Model, learnt: Sequence[Lesson], held: Sequence[
 
 def signature(run: Settings) -> str:
     """What decides the outcome of a run, as text: a checkpoint goes on only under the same."""
-    beside = ("out", "results", "devices", "log_every", "checkpoint_every", "peak_flops", "teacher_batch", "stopping")
+    beside = ("data", "out", "results", "devices", "log_every", "checkpoint_every", "peak_flops", "teacher_batch",
+              "stopping")
     return repr({name: value for name, value in vars(run).items() if name not in beside})
 
 

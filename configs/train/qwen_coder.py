@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The whole run; every setting is explained where its dataclass is, see train/settings.py."""
     return ConfigDict({
-        "out": "runs/finetune/qwen-coder", "results": "results/finetune.jsonl", "until": "adapter",
+        "data": "runs/finetune/qwen-coder", "out": "runs/finetune/qwen-coder/influence",
+        "results": "results/finetune.jsonl", "until": "adapter",
         "primary": "qwen2.5-coder-1.5b", "aux": "qwen2.5-coder-0.5b", "dtype": "bfloat16", "seed": 0, "devices": 0,
         "lengths": (2048, 4096), "question_tokens": 128, "batch": 8, "teacher_batch": 4,
         "target": "influence", "min_kl": 0.01,
-        "log_every": 10, "checkpoint_every": 50, "peak_flops": 989e12,  # an H100 SXM, bf16 without sparsity
+        "log_every": 25, "checkpoint_every": 100, "peak_flops": 989e12,  # an H100 SXM, bf16 without sparsity
         "benchmark": {
             "folder": "../shared/data",
             "tasks": ("niah_single_1", "niah_multikey_1", "niah_multikey_3", "niah_multivalue", "vt", "cwe", "kv",
@@ -30,7 +31,7 @@ def get_config() -> ConfigDict:
                    "alpha": 32.0, "rows": "question"},
         "loss": {"kl": 1.0, "ranking": 0.0, "recall": 1.0, "temperature": 2.0, "budgets": (0.02, 0.05, 0.1, 0.2),
                  "softness": 0.3},
-        "optimizing": {"steps": 400, "lr": 1e-3, "head_lr": 3e-2, "warmup": 20, "clip": 1.0, "weight_decay": 0.0,
+        "optimizing": {"steps": 1200, "lr": 1e-3, "head_lr": 3e-2, "warmup": 50, "clip": 1.0, "weight_decay": 0.0,
                        "accumulation": 1},
-        "stopping": {"every": 25, "patience": 6, "budgets": (0.02, 0.05, 0.1, 0.2)},
+        "stopping": {"every": 50, "patience": 8, "budgets": (0.02, 0.05, 0.1, 0.2)},
     })
