@@ -11,18 +11,21 @@ if TYPE_CHECKING:
     from cacheclip_jax.documents import Document
     from cacheclip_jax.engine import CacheClip
     from cacheclip_jax.errors import CacheClipError
+    from cacheclip_jax.groups import Groups, Sentences, Windows
     from cacheclip_jax.index import IndexReport
     from cacheclip_jax.prompt import PromptFormat
+    from cacheclip_jax.ranking import Ranking
     from cacheclip_jax.score import Scoring
-    from cacheclip_jax.select import Budget, Groups, Windows
+    from cacheclip_jax.select import Budget
     from cacheclip_jax.store import ChunkStore, Passage
 
 _HOMES = {"Result": "answer", "Times": "answer", "Sampling": "decode", "Document": "documents", "CacheClip": "engine",
           "IndexReport": "index", "CacheClipError": "errors", "PromptFormat": "prompt", "Scoring": "score",
-          "Budget": "select", "Groups": "select", "Windows": "select", "ChunkStore": "store", "Passage": "store"}
+          "Budget": "select", "Groups": "groups", "Sentences": "groups", "Windows": "groups", "Ranking": "ranking",
+          "ChunkStore": "store", "Passage": "store"}
 
 __all__ = ["Budget", "CacheClip", "CacheClipError", "ChunkStore", "Document", "Groups", "IndexReport", "Passage",
-           "PromptFormat", "Result", "Sampling", "Scoring", "Times", "Windows", "__version__"]
+           "PromptFormat", "Ranking", "Result", "Sampling", "Scoring", "Sentences", "Times", "Windows", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

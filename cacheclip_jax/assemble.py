@@ -16,8 +16,9 @@ from cacheclip_jax.model.rope import rotate
 
 @struct.dataclass
 class KVCache:
-    """An assembled cache: slot s holds the key (RoPE applied) and the value of position s; one pair of arrays a layer,
-    so that a program which updates a layer touches nothing else."""
+    """An assembled cache: slot s holds the key (RoPE applied) and the value of the prompt's token s, whose position is
+    s unless a method says otherwise; one pair of arrays a layer, so that a program which updates a layer touches
+    nothing else."""
 
     k: tuple[Float[Array, "K S H"], ...]
     v: tuple[Float[Array, "K S H"], ...]
@@ -71,10 +72,10 @@ def placement(cfg: ModelConfig, slots: int, lengths: Sequence[int], offsets: Seq
     return Placement(first, stride)
 
 
-def place(cfg: ModelConfig, rows: Float[Array, "R H"], where: Placement, fresh: Fresh | None = None
-          ) -> tuple[Float[Array, "K S H"], Float[Array, "K S H"]]:
+def place(cfg: ModelConfig, rows: Float[Array, "R H"], where: Placement, fresh: Fresh | None = None,
+          at: Int[Array, "S"] | None = None) -> tuple[Float[Array, "K S H"], Float[Array, "K S H"]]:
     """Position rearrangement of one layer: gather its keys and values, put fresh ones over stale ones, rotate the keys
-    to their slots' positions (in float32). Free slots are zero."""
+    to their slots' positions (in float32): the slots themselves, or `at`. Free slots are zero."""
     part = jnp.arange(2 * cfg.num_kv_heads).reshape(2, cfg.num_kv_heads, 1)
     index = jnp.where(where.first < 0, rows.shape[0], where.first + part * where.stride)
     k, v = rows.at[index].get(mode="fill", fill_value=0)
@@ -83,7 +84,7 @@ def place(cfg: ModelConfig, rows: Float[Array, "R H"], where: Placement, fresh: 
         taken = fresh.row[:, None] >= 0
         k, v = (jnp.where(taken, new[:, jnp.maximum(fresh.row, 0)], old)
                 for new, old in ((fresh.k, k), (fresh.v, v)))
-    return rotate(k, jnp.arange(where.first.shape[0]), cfg.rope), v
+    return rotate(k, jnp.arange(where.first.shape[0]) if at is None else at, cfg.rope), v
 
 
 def row_of_slot(positions: Int[Array, "T"], slots: int) -> Int[Array, "S"]:

@@ -1,7 +1,5 @@
 """Bucket sizes: every shape that depends on a request is padded to one of few, so that compiled programs are reused."""
 
-ROW_STEPS = 32  # sizes per doubling of the number of rows: padding costs at most 3% of the compute
-
 
 def bucket(n: int, minimum: int = 64, steps: int = 8) -> int:
     """The smallest bucket that holds n: multiples of `minimum`, then `steps` sizes per power of two.

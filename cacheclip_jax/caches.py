@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Literal
 
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
@@ -20,11 +19,10 @@ from cacheclip_jax.host import HostTier, Key, Staging
 from cacheclip_jax.loader import InMemory, Source
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.tokenizer import Encoded
+from cacheclip_jax.plan import Behind
 from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.store import ChunkStore, Passage, PendingKV, Space
 from cacheclip_jax.store.quantize import round_trip
-
-Behind = Literal["shared", "none"]
 
 
 @dataclass
@@ -53,7 +51,6 @@ class ChunkCaches:
 
     def __init__(self, model: Model, store: ChunkStore, prompt_format: PromptFormat):
         self.model = model
-        self.asking = model  # reads questions; another one than encodes chunks where an adapter says so
         self.store = store
         self.host: HostTier | None = None  # of recently used chunks in host memory; the engine sets it
         self.staging = Staging(replicated(model.params.embed.sharding))

@@ -8,15 +8,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheclip_jax.assemble import KVCache
-from cacheclip_jax.errors import BadInput
+from cacheclip_jax.errors import BadInput, UnsupportedModel
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
+from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.params import Params
+from cacheclip_jax.plan import Tail
 from cacheclip_jax.recompute import attend_and_finish
+
+MAX_STOP_IDS = 8
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,11 @@ class Sampling:
 
 @struct.dataclass
 class DecodeState:
-    """Where a generation stands: the last token, its position (not in the cache yet), the random key, if it ended."""
+    """Where a generation stands: the last token, the slot that it goes to (which is its position unless a tail says
+    otherwise; it isn't in the cache yet), the random key, if it ended."""
 
     token: Int[Array, ""]
-    position: Int[Array, ""]
+    slot: Int[Array, ""]
     key: Array
     done: Bool[Array, ""]
 
@@ -66,21 +72,21 @@ def sample(logits: Float[Array, "V"], key: Array, temperature: Float[Array, ""],
 
 
 @partial(jax.jit, static_argnames="greedy")
-def first_token(logits: Float[Array, "V"], position: Int[Array, ""], key: Array, temperature: Float[Array, ""],
+def first_token(logits: Float[Array, "V"], slot: Int[Array, ""], key: Array, temperature: Float[Array, ""],
                 top_k: Int[Array, ""], top_p: Float[Array, ""], stop_ids: Int[Array, "M"], greedy: bool) -> DecodeState:
-    """The state after a prompt whose last row gave `logits`; `position` is where the first new token goes."""
+    """The state after a prompt whose last row gave `logits`; `slot` is where the first new token goes."""
     now, key = jax.random.split(key)
     token = sample(logits, now, temperature, top_k, top_p, greedy)
-    return DecodeState(token=token, position=position, key=key, done=(token == stop_ids).any())
+    return DecodeState(token=token, slot=slot, key=key, done=(token == stop_ids).any())
 
 
 @partial(jax.jit, static_argnames=("cfg", "steps", "greedy", "how"), donate_argnames="cache")
 def decode(params: Params, cfg: ModelConfig, state: DecodeState, cache: KVCache, temperature: Float[Array, ""],
            top_k: Int[Array, ""], top_p: Float[Array, ""], stop_ids: Int[Array, "M"], steps: int, greedy: bool,
-           how: str = "blocked") -> tuple[Int[Array, "steps"], DecodeState, KVCache]:
+           how: str = "blocked", tail: Tail | None = None) -> tuple[Int[Array, "steps"], DecodeState, KVCache]:
     """Up to `steps` further tokens in one compiled loop that ends at a stop token; -1 where it ended before.
 
-    `stop_ids` are padded with -1. The cache is donated.
+    `stop_ids` are padded with -1. The cache is donated. A `tail` is for caches whose plan isn't plain.
     """
     def going(carry):
         i, state, _, _ = carry
@@ -91,17 +97,25 @@ def decode(params: Params, cfg: ModelConfig, state: DecodeState, cache: KVCache,
         x = decoder.embed(params, state.token[None])
         keys, values = [], []
         for layer, kv in zip(params.layers, zip(cache.k, cache.v, strict=True), strict=True):
-            x, (k, v) = attend_and_finish(x, layer, cfg, state.position[None], kv, how)
+            x, (k, v) = attend_and_finish(x, layer, cfg, state.slot[None], kv, how, tail=tail)
             keys.append(k)
             values.append(v)
         cache = KVCache(tuple(keys), tuple(values))
-        state = first_token(decoder.logits(params, cfg, x)[0], state.position + 1, state.key, temperature, top_k, top_p,
+        state = first_token(decoder.logits(params, cfg, x)[0], state.slot + 1, state.key, temperature, top_k, top_p,
                             stop_ids, greedy)
         return i + 1, state, cache, tokens.at[i].set(state.token)
 
     tokens = jnp.full(steps, -1, jnp.int32)
     _, state, cache, tokens = jax.lax.while_loop(going, step, (jnp.int32(0), state, cache, tokens))
     return tokens, state, cache
+
+
+def padded_stop_ids(model: Model) -> Int[np.ndarray, "M"]:
+    """A model's end tokens, padded with -1. Raises UnsupportedModel for more than MAX_STOP_IDS of them."""
+    ids = model.tokenizer.eos_ids
+    if len(ids) > MAX_STOP_IDS:
+        raise UnsupportedModel(f"{model.name} has {len(ids)} end tokens, more than {MAX_STOP_IDS}")
+    return np.array([*ids, *[-1] * (MAX_STOP_IDS - len(ids))], np.int32)
 
 
 class TextStream:

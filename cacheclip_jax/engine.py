@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,21 +24,22 @@ from cacheclip_jax.decode import Sampling, TextStream
 from cacheclip_jax.device import DeviceTier
 from cacheclip_jax.documents import Document
 from cacheclip_jax.errors import BadInput, ContextTooLong
-from cacheclip_jax.feed import Feed
 from cacheclip_jax.host import HostTier
 from cacheclip_jax.index import IndexReport, index_documents
-from cacheclip_jax.methods import Method, Plan, Request, make, takes_budget
-from cacheclip_jax.methods.method import Scores
+from cacheclip_jax.methods import Method, make, takes_budget
 from cacheclip_jax.model.adapter import Adapter, load_adapter
 from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.tokenizer import nfc
-from cacheclip_jax.online import full_prefill, padded, question_scores, repair
+from cacheclip_jax.online import execute, padded
+from cacheclip_jax.plan import Plan, Tail
 from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.recompute import continuation_logits, recompute
+from cacheclip_jax.request import Request
 from cacheclip_jax.retrieve import Retriever
-from cacheclip_jax.score import Scoring, context_scores, map_scores
+from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import Budget
 from cacheclip_jax.store import ChunkStore, Passage, is_chunk_id
+from cacheclip_jax.store_side import StoreSide
 from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
 
 HOST_BYTES = 4 << 30
@@ -56,6 +56,7 @@ class Prefill:
     planned: Plan  # may still be under way on the device
     logits: jax.Array  # [V]
     cache: KVCache
+    tail: Tail
     fetched: Fetched
     clock: Clock
     compiled_before: int
@@ -64,6 +65,11 @@ class Prefill:
     def plan(self) -> Plan:
         """Which context tokens are recomputed, and why; waits for the device."""
         return self.planned.fetched(self.prompt.context_tokens)
+
+    @property
+    def decode_tail(self) -> Tail | None:
+        """The tail, where decoding needs one."""
+        return None if self.planned.plain else self.tail
 
 
 class CacheClip:
@@ -80,7 +86,11 @@ class CacheClip:
         self.store = store
         self.primary = ChunkCaches(primary, store, prompt_format)
         self.scoring = Scoring() if aux_adapter is None else aux_adapter.scoring  # of methods given by name
-        self.aux = _adapted(aux, aux_adapter, store, prompt_format)
+        if aux_adapter is not None:
+            if aux is None:
+                raise BadInput(f"the adapter of {aux_adapter.base_name} needs that aux model: load it with aux=...")
+            aux = aux_adapter.adapted(aux)
+        self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
         self._make_tiers(host_bytes, device_bytes)
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="cacheclip")
         for caches in (pair := self._models()):
@@ -220,30 +230,16 @@ class CacheClip:
         slots = bucket(len(prompt.ids) + reserve + DECODE_STEPS, 256)
         fetched = Fetched(warnings=[f"{n} wasn't used: the method {method.name} recomputes a fixed share"
                                     for n in unused])
-        feeds: list[Feed] = []
-
-        def load(after: Feed | None = None, wanted: Sequence[bool] | None = None) -> None:
-            if method.caches is not None and not feeds:
-                feeds.append(Feed(self.primary, chosen, prompt.chunk_lengths, method.caches, slots,
-                                  self.primary.model.config.num_layers, self._pool, clock, fetched, wanted, after))
-
-        def aux_scores(scoring: Scoring) -> Scores:
-            return self._aux_scores(chosen, question, prompt, scoring, fetched, clock, load)
-
+        primary = StoreSide(self.primary, chosen, prompt, slots, self._pool, clock, fetched, method.caches)
+        request = Request(primary, lambda: self._aux_side(method.name, chosen, question, clock, fetched))
         try:
-            plan = method.plan(Request(prompt, aux_scores))
-            if method.caches is None:
-                logits, cache = full_prefill(self.primary.model, prompt.ids, slots)
-            else:
-                mask = plan.recompute
-                load(None, [not m.all() for m in np.split(mask, np.cumsum(prompt.chunk_lengths)[:-1])]
-                     if isinstance(mask, np.ndarray) else None)
-                logits, cache = repair(self.primary, prompt, plan, slots, feeds[0], clock)
+            plan = method.plan(request)
+            done = execute(request, plan, method.caches)
         finally:
-            for feed in feeds:
-                feed.stop()
-        clock.watch("recompute", logits, "select")
-        return Prefill(prompt, tuple(chosen), method.name, plan, logits, cache, fetched, clock, compiled)
+            primary.stop()
+        clock.watch("recompute", done.logits, "select")
+        return Prefill(prompt, tuple(chosen), method.name, plan, done.logits, done.cache, done.tail, fetched, clock,
+                       compiled)
 
     def greedy(self, prefill: Prefill, max_new_tokens: int) -> tuple[int, ...]:
         """The most likely answer's token ids after a prefill; uses its cache up, so it works once."""
@@ -266,13 +262,13 @@ class CacheClip:
 
     def continuation(self, prefill: Prefill, ids: Sequence[int]) -> np.ndarray:
         """Logits [len(ids), V] after each of `ids`, fed as the answer so far; the prefill stays as it is."""
-        start = len(prefill.prompt.ids)
+        start = int(prefill.tail.slot)
         if start + len(ids) > prefill.cache.slots:
             raise BadInput(f"{len(ids)} tokens don't fit the cache: prefill with reserve={len(ids)} or more")
-        rows, positions = padded(ids, start + np.arange(len(ids)), minimum=16)
+        rows, positions = padded(ids, start + np.arange(len(ids)), bucket(len(ids), 16))
         model = self.primary.model
         return np.asarray(continuation_logits(model.params, model.config, rows, positions, prefill.cache,
-                                              model.attention.name))[: len(ids)]
+                                              model.attention.name, prefill.decode_tail))[: len(ids)]
 
     def _method(self, method: str | Method, ratio: float | None, budget: Budget | None) -> Method:
         if ratio is not None and budget is not None:
@@ -302,53 +298,20 @@ class CacheClip:
         except BadInput as e:
             raise BadInput(f"{e} If {id_or_text!r} is a text, pass Passage.make({id_or_text!r}).") from None
 
-    def _aux_scores(self, passages: Sequence[Passage], question: str, prompt: Prompt, scoring: Scoring,
-                    accounting: Fetched, clock: Clock, begun: Callable[[Feed | None], None]) -> Scores:
-        """Scores of the primary's context tokens; calls `begun` when the aux model's own loading is under way."""
+    def _aux_side(self, method: str, passages: Sequence[Passage], question: str, clock: Clock, accounting: Fetched
+                  ) -> StoreSide:
         if self.aux is None:
-            raise BadInput("the method cacheclip needs an aux model: load one with aux=..., or choose another method")
-        model, started = self.aux.model, time.perf_counter()
-        own = self.aux.prompt(passages, question)
-        _check_length(own, scoring.look_ahead, model.config.max_positions, f"the aux model {model.name}")
-        slots, feed = bucket(len(own.ids) + scoring.look_ahead, 256), None
-        if scoring.context == "cached":
-            feed = Feed(self.aux, passages, own.chunk_lengths, "shared", slots,
-                        scoring.depth(model.config.num_layers), self._pool, clock, accounting)
-        begun(feed)
-        try:
-            scores = question_scores(self.aux, own, scoring, slots, feed)
-        finally:
-            if feed is not None:
-                feed.stop()
-        clock.watch("score", scores, started)
-        if model.tokenizer.identity == self.primary.model.tokenizer.identity:
-            return context_scores(scores, np.int32(len(own.prefix)), bucket(prompt.context_tokens))
-        start, host = len(own.prefix), np.asarray(scores)
-        mapped = []
-        for theirs, ours in zip(own.chunks, prompt.chunks, strict=True):
-            mapped.append(map_scores(host[start : start + len(theirs.ids)], theirs.spans, ours.spans))
-            start += len(theirs.ids)
-        return np.concatenate(mapped)
+            raise BadInput(f"the method {method} needs an aux model: load one with aux=..., or choose another method")
+        model, prompt = self.aux.model, self.aux.prompt(passages, question)
+        _check_length(prompt, 0, model.config.max_positions, f"the aux model {model.name}")
+        return StoreSide(self.aux, passages, prompt, bucket(len(prompt.ids), 256), self._pool, clock, accounting)
 
     @staticmethod
     def rows(model: Model, ids: np.ndarray, positions: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Rows at sorted positions through a model, padded to their bucket; the last row's logits, the new cache."""
-        padded_ids, padded_positions = padded(ids, positions)
+        padded_ids, padded_positions = padded(ids, positions, bucket(len(ids), 32))
         return recompute(model.params, model.config, padded_ids, padded_positions, np.int32(len(ids) - 1), cache,
                          model.attention.name)
-
-
-def _adapted(aux: Model | None, adapter: Adapter | None, store: ChunkStore, prompt_format: PromptFormat
-             ) -> ChunkCaches | None:
-    """The aux model's chunk caches, by the models that its adapter makes of it."""
-    if aux is None:
-        if adapter is not None:
-            raise BadInput(f"the adapter of {adapter.base_name} needs that aux model: load it with aux=...")
-        return None
-    encoder, asking = (aux, aux) if adapter is None else adapter.adapted(aux)
-    caches = ChunkCaches(encoder, store, prompt_format)
-    caches.asking = asking
-    return caches
 
 
 def _check_length(prompt: Prompt, reserve: int, limit: int, who: str) -> None:

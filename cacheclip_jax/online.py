@@ -5,94 +5,203 @@ Programs are dispatched a few layers each and the device runs behind: nothing he
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from cacheclip_jax.alone import alone_span
 from cacheclip_jax.assemble import KVCache
-from cacheclip_jax.bucket import ROW_STEPS, bucket
-from cacheclip_jax.caches import ChunkCaches
-from cacheclip_jax.clock import Clock
-from cacheclip_jax.feed import Feed
-from cacheclip_jax.methods import Plan
+from cacheclip_jax.bucket import bucket
+from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.model.load import Model
+from cacheclip_jax.plan import Behind, Caches, Plan, Tail
 from cacheclip_jax.prompt import Prompt
-from cacheclip_jax.recompute import SPAN, choose_rows, embed_rows, fresh_span, last_logits, reuse_span
+from cacheclip_jax.recompute import (
+    SPAN,
+    LayerCache,
+    Rows,
+    choose_rows,
+    embed_rows,
+    fresh_span,
+    last_logits,
+    narrow_layer,
+    reuse_span,
+)
 from cacheclip_jax.refine import refine
 from cacheclip_jax.score import Scoring, embed_and_score, layer_mean, score, score_span
+from cacheclip_jax.side import LayerFeed, Side, bucketed
+
+if TYPE_CHECKING:
+    from cacheclip_jax.request import Request
 
 
-def question_scores(caches: ChunkCaches, prompt: Prompt, scoring: Scoring, slots: int, feed: Feed | None) -> jax.Array:
-    """Attention of the question to every slot of the aux model's cache [S]: over chunk caches that are still arriving,
-    or without a `feed` over the aux model's own prefill of the whole prompt."""
-    model, cfg, on = caches.asking, caches.model.config, caches.staging.sharding
-    ids, positions = padded(prompt.question, prompt.question_start + np.arange(len(prompt.question)), minimum=16)
-    last, how = np.int32(len(prompt.question) - 1), model.attention.name
-    key, weights = scoring.key, scoring.weights(cfg)
-    further = bool(scoring.second_pass or scoring.look_ahead)
-    if feed is None:
-        _, cache = full_prefill(caches.model, prompt.ids[: prompt.question_start], slots)
-        if not further:
-            return score(model.params, cfg, key, ids, positions, last, cache, how, weights)
-        x, scores, cache = embed_and_score(model.params, cfg, key, ids, positions, last, cache, how, weights)
-        return refine(model, prompt, scoring, (ids, positions, last), x, scores, cache)
-    ids, positions, last, total = jax.device_put((ids, positions, last, np.zeros(slots, np.float32)), on)
-    x, kept = embed_rows(model.params, ids), []
-    wanted = scoring.layer_indices(cfg.num_layers)
+@dataclass(frozen=True)
+class Repaired:
+    """A cache that is ready to decode from, the last row's logits [V], and where decoding begins."""
+
+    logits: jax.Array
+    cache: KVCache
+    tail: Tail
+
+
+def execute(request: Request, plan: Plan, behind: Caches) -> Repaired:
+    """Do what a plan says, over chunk caches encoded `behind` the shared prefix or nothing; None reuses nothing."""
+    side, end = request.primary, len(request.prompt.ids)
+    if plan.drop:
+        return _prefill_kept(side, plan)
+    if behind is None:
+        return Repaired(*prefill(side), Tail.at(np.int32(end), np.int32(end)))
+    return _repair(request, plan, behind)
+
+
+def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
+    """Push the plan's rows and the question through the primary, over caches that may still be arriving."""
+    side, prompt = request.primary, request.prompt
+    model, cfg, how = side.model, side.model.config, side.model.attention.name
+    wanted = None
+    if isinstance(plan.recompute, np.ndarray):
+        wanted = [not m.all() for m in np.split(plan.recompute, np.cumsum(prompt.chunk_lengths)[:-1])]
+    feed = request.feed(behind, wanted)
+    at, tail, end = None, None, np.int32(len(prompt.ids))
+    if plan.reshape is not None:
+        positions = parallel_positions(prompt, side.slots)
+        at = jax.device_put(positions, side.sharding)
+        tail = Tail.at(end, positions[end], (len(prompt.prefix), prompt.question_start), plan.reshape)
+    x, slots, last = _chosen(side, plan, len(prompt.question))
+    side.watch("select", slots, "score")
+    done: list[LayerCache] = []
+    if plan.dense_layers:
+        everything, theirs, early = request.early(plan.dense_layers - 1)
+        done = [(jnp.copy(k), jnp.copy(v)) for k, v in early]  # a decoded cache is given away, the request's isn't
+        x, kv = narrow_layer(everything, model.params.layers[len(done)], cfg, theirs, slots, side.slots, how)
+        done.append(kv)
     for number, block in enumerate(feed.blocks):
-        scored, span = tuple(layer in wanted for layer in block), slice(block.start, block.stop)
-        x, total, layers = score_span(x, model.params.layers[span], cfg, key, scored, positions, last,
-                                      feed.take(number), feed.where, total, how,
-                                      None if weights is None else weights[span], further)
+        rows = feed.take(number)
+        first = max(len(done) - block.start, 0)
+        if first < len(block):
+            x, layers = reuse_span(x, model.params.layers[block.start + first : block.stop], cfg, slots, rows,
+                                   feed.where, how, first, at, tail)
+            done += layers
+        feed.computed(done[-1][0])
+    side.watch("load", rows)
+    return Repaired(last_logits(model.params, cfg, x, last), KVCache(*zip(*done, strict=True)),
+                    tail or Tail.at(end, end))
+
+
+def _prefill_kept(side: Side, plan: Plan) -> Repaired:
+    """Prefill prefix, kept tokens and question, each at its position in the whole prompt, with nothing between them."""
+    prompt, model, cfg = side.prompt, side.model, side.model.config
+    x, positions, last = _chosen(side, plan, len(prompt.prefix) + len(prompt.question), with_prefix=True)
+    side.watch("select", positions, "score")
+    slots, done = jnp.where(positions < 0, -1, jnp.arange(len(positions))), []
+    for start in range(0, cfg.num_layers, SPAN):
+        x, layers = fresh_span(x, model.params.layers[start : start + SPAN], cfg, slots, side.slots,
+                               model.attention.name, positions)
+        done += layers
+    return Repaired(last_logits(model.params, cfg, x, last), KVCache(*zip(*done, strict=True)),
+                    Tail.at(last + 1, np.int32(len(prompt.ids))))
+
+
+def _chosen(side: Side, plan: Plan, besides: int, with_prefix: bool = False) -> tuple[Rows, jax.Array, jax.Array]:
+    """The rows of a plan and `besides` others: embeddings, positions, index of the last one."""
+    prompt, mask = side.prompt, plan.recompute
+    ids = np.zeros(side.slots, np.int32)
+    ids[: len(prompt.ids)] = prompt.ids
+    if isinstance(mask, np.ndarray):
+        mask = np.pad(mask, (0, bucket(len(mask)) - len(mask)))
+    ids, mask = jax.device_put((ids, mask), side.sharding)
+    return choose_rows(side.model.params, ids, mask, np.int32(len(prompt.prefix)), np.int32(prompt.question_start),
+                       np.int32(len(prompt.ids)), side.rows(plan.count() + besides, "repair"), with_prefix)
+
+
+def parallel_positions(prompt: Prompt, slots: int) -> np.ndarray:
+    """Each slot's position where every chunk begins behind the prefix, and the question behind the longest chunk."""
+    at = np.arange(slots, dtype=np.int32)
+    start = len(prompt.prefix)
+    for length in prompt.chunk_lengths:
+        at[start : start + length] -= start - len(prompt.prefix)
+        start += length
+    at[start:] -= start - len(prompt.prefix) - max(prompt.chunk_lengths)
+    return at
+
+
+def prefill(side: Side, tokens: int | None = None, spare: int = 0) -> tuple[jax.Array, KVCache]:
+    """Full prefill of a side's prompt, or of its first `tokens`, into a cache with `spare` free slots or more."""
+    ids = side.prompt.ids[:tokens]
+    slots = side.slots if len(ids) + spare <= side.slots else bucket(side.slots + spare, 256)
+    return full_prefill(side.model, ids, slots, side.rows(len(ids), "prefill"))
+
+
+def full_prefill(model: Model, ids: np.ndarray, slots: int, rows: int | None = None) -> tuple[jax.Array, KVCache]:
+    """Full prefill of a model: the last token's logits, and the cache. `rows`: with padding; the bucket by default."""
+    rows = bucketed(len(ids), "prefill") if rows is None else rows
+    x, _, done = first_layers(model, ids, model.config.num_layers, slots, rows)
+    return last_logits(model.params, model.config, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))
+
+
+def first_layers(model: Model, ids: np.ndarray, depth: int, slots: int, rows: int
+                 ) -> tuple[Rows, jax.Array, list[LayerCache]]:
+    """The first `depth` layers of a full prefill in `rows` rows, padding included: the rows after them, their positions
+    (padding: -1), and the layers' caches."""
+    cfg = model.config
+    padded_ids, positions = jax.device_put(padded(ids, np.arange(len(ids)), rows), model.params.final_norm.sharding)
+    x, done = embed_rows(model.params, padded_ids), []
+    for start in range(0, depth, SPAN):
+        x, layers = fresh_span(x, model.params.layers[start : min(start + SPAN, depth)], cfg, positions, slots,
+                               model.attention.name, None)
+        done += layers
+    return x, positions, done
+
+
+def question_scores(side: Side, scoring: Scoring, feed: LayerFeed | None) -> jax.Array:
+    """Attention of the question to every slot of a model's cache [S]: over chunk caches that are still arriving, or
+    without a `feed` over the model's own prefill of the whole prompt."""
+    prompt, model, cfg = side.prompt, side.model, side.model.config
+    params, how, start, end = model.asking, model.attention.name, prompt.question_start, len(prompt.ids)
+    if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
+        raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
+                             f"{model.name}: the limit is {cfg.max_positions}. Draft fewer, or take shorter chunks.")
+    key, weights, wanted = scoring.key, scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
+    further = bool(scoring.second_pass or scoring.look_ahead)
+    read, positions = prompt.question, np.arange(start, end)
+    known: np.int32 | np.ndarray = np.int32(end - start - 1)  # index of the last row
+    if scoring.context == "alone":
+        read = (*prompt.prefix, *prompt.question)
+        positions, known = np.arange(len(read)), np.array([len(prompt.prefix), start], np.int32)
+    ids, positions = padded(read, positions, side.rows(len(read), "question"))
+    if feed is None:
+        _, cache = prefill(side, start)
+        if not further:
+            return score(params, cfg, key, ids, positions, known, cache, how, weights)
+        x, scores, cache = embed_and_score(params, cfg, key, ids, positions, known, cache, how, weights)
+        return refine(side, scoring, (ids, positions, known), x, scores, cache)
+    ids, positions, known, total = jax.device_put((ids, positions, known, np.zeros(side.slots, np.float32)),
+                                                  side.sharding)
+    x, kept = embed_rows(params, ids), []
+    for number, block in enumerate(feed.blocks):
+        block = range(block.start, min(block.stop, scoring.depth(cfg.num_layers)))
+        if not block:
+            break
+        layers, scored = slice(block.start, block.stop), tuple(layer in wanted for layer in block)
+        given = (x, params.layers[layers], cfg, key, scored, positions, known, feed.take(number), feed.where,
+                 total, how)
+        if scoring.context == "alone":
+            x, total = alone_span(*given)
+        else:
+            x, total, caches = score_span(*given, None if weights is None else weights[layers], further)
+            kept += caches
         feed.computed(total)
-        kept += layers
     scores = layer_mean(total, weights, len(wanted))
     if not further:
         return scores
-    return refine(model, prompt, scoring, (ids, positions, last), x, scores, KVCache(*zip(*kept, strict=True)))
+    return refine(side, scoring, (ids, positions, known), x, scores, KVCache(*zip(*kept, strict=True)))
 
 
-def repair(caches: ChunkCaches, prompt: Prompt, plan: Plan, slots: int, feed: Feed, clock: Clock
-           ) -> tuple[jax.Array, KVCache]:
-    """Push the plan's rows and the question through the primary, over caches that are still arriving; the last row's
-    logits and the repaired cache."""
-    model, cfg, on = caches.model, caches.model.config, caches.staging.sharding
-    ids = np.zeros(slots, np.int32)
-    ids[: len(prompt.ids)] = prompt.ids
-    mask = plan.recompute
-    if isinstance(mask, np.ndarray):
-        mask = np.pad(mask, (0, bucket(len(mask)) - len(mask)))
-    count = bucket(plan.count() + len(prompt.question), 64, ROW_STEPS)
-    ids, mask = jax.device_put((ids, mask), on)
-    x, positions, last = choose_rows(model.params, ids, mask, np.int32(len(prompt.prefix)),
-                                     np.int32(prompt.question_start), np.int32(len(prompt.ids)), count)
-    clock.watch("select", positions, "score")
-    done: list = []
-    for number, block in enumerate(feed.blocks):
-        rows = feed.take(number)
-        x, layers = reuse_span(x, model.params.layers[block.start : block.stop], cfg, positions, rows, feed.where,
-                               model.attention.name)
-        feed.computed(layers[-1][0])
-        done += layers
-    clock.watch("load", rows)
-    return last_logits(model.params, cfg, x, last), KVCache(*zip(*done, strict=True))
-
-
-def full_prefill(model: Model, ids: np.ndarray, slots: int) -> tuple[jax.Array, KVCache]:
-    """Full prefill of a model: the last token's logits, and the cache."""
-    cfg = model.config
-    rows, positions = padded(ids, np.arange(len(ids)), minimum=64, steps=ROW_STEPS)
-    rows, positions = jax.device_put((rows, positions), model.params.final_norm.sharding)
-    x, done = embed_rows(model.params, rows), []
-    for start in range(0, cfg.num_layers, SPAN):
-        x, layers = fresh_span(x, model.params.layers[start : start + SPAN], cfg, positions, slots,
-                               model.attention.name)
-        done += layers
-    return last_logits(model.params, cfg, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))
-
-
-def padded(ids, positions: np.ndarray, minimum: int = 32, steps: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Rows padded to their bucket: ids with 0, positions with -1."""
-    size = bucket(len(ids), minimum, steps)
+def padded(ids, positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded to `size`: ids with 0, positions with -1."""
     out_ids, out_positions = np.zeros(size, np.int32), np.full(size, -1, np.int32)
     out_ids[: len(ids)], out_positions[: len(ids)] = ids, positions
     return out_ids, out_positions

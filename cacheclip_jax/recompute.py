@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheclip_jax.assemble import Fresh, KVCache, Placement, place, row_of_slot
-from cacheclip_jax.attention import causal_attention, for_rows, row_attention
+from cacheclip_jax.attention import causal_attention, for_rows, reshaped, row_attention
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
+from cacheclip_jax.plan import Tail
 
 SPAN = 2  # layers of a program where nothing else decides: all at once take several times as long to compile on a CPU
 
@@ -27,42 +28,53 @@ Rows = Float[Array, "T D"]
 LayerCache = tuple[Float[Array, "K S H"], Float[Array, "K S H"]]
 
 
-@partial(jax.jit, static_argnames="count")
+@partial(jax.jit, static_argnames=("count", "with_prefix"))
 def choose_rows(params: Params, ids: Int[Array, "S"], recompute: Bool[Array, "C"], prefix: Int[Array, ""],
-                question: Int[Array, ""], end: Int[Array, ""], count: int
+                question: Int[Array, ""], end: Int[Array, ""], count: int, with_prefix: bool = False
                 ) -> tuple[Rows, Int[Array, "T"], Int[Array, ""]]:
     """The rows of a prompt: the context tokens to recompute (`recompute`, from slot `prefix` on) and the question
-    (slots `question` to `end`), sorted by position, padded to `count` with position -1; their embeddings, positions,
-    and the index of the last one. On device, so that a selection made there needs no trip to the host."""
+    (slots `question` to `end`), on demand the prefix too, sorted by position, padded to `count` with position -1; their
+    embeddings, positions, and the index of the last one. On device, so that a selection made there needs no trip to the
+    host."""
     slot = jnp.arange(ids.shape[0])
     context = recompute[jnp.clip(slot - prefix, 0, recompute.shape[0] - 1)] & (slot >= prefix) & (slot < question)
-    positions = jnp.nonzero(context | ((slot >= question) & (slot < end)), size=count, fill_value=-1)[0]
+    always = ((slot >= question) & (slot < end)) | (with_prefix & (slot < prefix))
+    positions = jnp.nonzero(context | always, size=count, fill_value=-1)[0]
     return decoder.embed(params, ids[positions]), positions.astype(jnp.int32), (positions >= 0).sum(dtype=jnp.int32) - 1
 
 
-@partial(jax.jit, static_argnames=("cfg", "how"), donate_argnames="x")
-def reuse_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, positions: Int[Array, "T"],
-               rows: Float[Array, "B R H"], where: Placement, how: str = "blocked"
-               ) -> tuple[Rows, tuple[LayerCache, ...]]:
-    """A span of up to B layers over chunk caches just loaded: place them with the rows' K and V over stale ones,
-    attend, finish."""
-    own, out = row_of_slot(positions, where.first.shape[0]), []
-    for nth, layer in enumerate(layers):
-        q, kv = rows_over_loaded(x, layer, cfg, positions, rows[nth], where, own)
-        with jax.named_scope("attention"):
-            attended = row_attention(q, *kv, positions, for_rows(how, len(q)))
-        x = decoder.finish(x, attended, layer, cfg)
+@partial(jax.jit, static_argnames=("cfg", "how", "first"), donate_argnames="x")
+def reuse_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, slots: Int[Array, "T"],
+               rows: Float[Array, "B R H"], where: Placement, how: str = "blocked", first: int = 0,
+               at: Int[Array, "S"] | None = None, tail: Tail | None = None) -> tuple[Rows, tuple[LayerCache, ...]]:
+    """A span of layers over chunk caches just loaded, from the block's layer `first` on: place them with the rows' K
+    and V over stale ones, attend, finish. Slots are positions, unless `at` has those of all slots; with a `tail` the
+    rows' attention is reshaped."""
+    own, out = row_of_slot(slots, where.first.shape[0]), []
+    for nth, layer in enumerate(layers, first):
+        q, kv = rows_over_loaded(x, layer, cfg, slots, rows[nth], where, own, at)
+        x = decoder.finish(x, _attention(q, kv, slots, how, tail), layer, cfg)
         out.append(kv)
     return x, tuple(out)
 
 
-def rows_over_loaded(x: Rows, layer: Layer, cfg: ModelConfig, positions: Int[Array, "T"], loaded: Float[Array, "R H"],
-                     where: Placement, own: Int[Array, "S"]) -> tuple[Float[Array, "T N H"], LayerCache]:
+def _attention(q: Float[Array, "T N H"], kv: LayerCache, slots: Int[Array, "T"], how: str, tail: Tail | None
+               ) -> Float[Array, "T N H"]:
+    with jax.named_scope("attention"):
+        if tail is not None:
+            return reshaped(q, *kv, slots, tail)
+        return row_attention(q, *kv, slots, for_rows(how, len(q)))
+
+
+def rows_over_loaded(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array, "T"], loaded: Float[Array, "R H"],
+                     where: Placement, own: Int[Array, "S"], at: Int[Array, "S"] | None = None
+                     ) -> tuple[Float[Array, "T N H"], LayerCache]:
     """One layer's rotated queries of rows, and its cache from rows just loaded with the rows' own K and V in it; `own`
-    is `row_of_slot` of their positions."""
+    is `row_of_slot` of their slots, `at` the slots' positions where they aren't the slots themselves."""
     q, k, v = decoder.project(x, layer, cfg)
     fresh = Fresh(k.swapaxes(0, 1), v.swapaxes(0, 1), own)
-    return rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1), place(cfg, loaded, where, fresh)
+    positions = slots if at is None else at[slots]
+    return rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1), place(cfg, loaded, where, fresh, at)
 
 
 @partial(jax.jit, static_argnames=("cfg", "how"), donate_argnames=("x", "caches"))
@@ -76,51 +88,75 @@ def cached_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, positions:
     return x, tuple(out)
 
 
-def attend_and_finish(x: Rows, layer: Layer, cfg: ModelConfig, positions: Int[Array, "T"], cache: LayerCache, how: str
-                      ) -> tuple[Rows, LayerCache]:
-    """One layer for rows over an assembled cache: overwrite their K and V, attend, finish."""
-    q, kv = rows_over_cached(x, layer, cfg, positions, cache)
-    with jax.named_scope("attention"):
-        attended = row_attention(q, *kv, positions, for_rows(how, len(q)))
-    return decoder.finish(x, attended, layer, cfg), kv
+def attend_and_finish(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array, "T"], cache: LayerCache, how: str,
+                      at: Int[Array, "T"] | None = None, tail: Tail | None = None) -> tuple[Rows, LayerCache]:
+    """One layer for rows over an assembled cache: overwrite their K and V, attend, finish. `at` has the rows' positions
+    where these aren't their slots; with a `tail` it says so, and how to attend."""
+    if tail is not None:
+        at = tail.positions(slots)
+    q, kv = rows_over_cached(x, layer, cfg, slots, cache, at)
+    return decoder.finish(x, _attention(q, kv, slots, how, tail), layer, cfg), kv
 
 
-def rows_over_cached(x: Rows, layer: Layer, cfg: ModelConfig, positions: Int[Array, "T"], cache: LayerCache
-                     ) -> tuple[Float[Array, "T N H"], LayerCache]:
-    """One layer's rotated queries of rows, and its cache with the rows' own K and V written into it."""
+def rows_over_cached(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array, "T"], cache: LayerCache,
+                     at: Int[Array, "T"] | None = None) -> tuple[Float[Array, "T N H"], LayerCache]:
+    """One layer's rotated queries of rows, and its cache with the rows' own K and V written into it; `at` has the rows'
+    positions where these aren't their slots."""
     q, k, v = decoder.project(x, layer, cfg)
+    positions = slots if at is None else at
     q = rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1)
     # Padding rows write to the slot after the last one, which mode="drop" discards (-1 would wrap around).
-    slots = jnp.where(positions < 0, cache[0].shape[1], positions)
+    slots = jnp.where(slots < 0, cache[0].shape[1], slots)
     new = rotate(k.swapaxes(0, 1), positions, cfg.rope), v.swapaxes(0, 1)
     keys, values = (old.at[:, slots].set(rows, mode="drop", indices_are_sorted=True)
                     for old, rows in zip(cache, new, strict=True))
     return q, (keys, values)
 
 
-@partial(jax.jit, static_argnames=("cfg", "slots", "how"), donate_argnames="x")
-def fresh_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, positions: Int[Array, "T"], slots: int,
-               how: str = "blocked") -> tuple[Rows, tuple[LayerCache, ...]]:
-    """A span of layers of a full prefill: row t is token t, the cache holds nothing else.
+@partial(jax.jit, static_argnames=("cfg", "size", "how"), donate_argnames="x")
+def fresh_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, slots: Int[Array, "T"], size: int,
+               how: str = "blocked", at: Int[Array, "T"] | None = None) -> tuple[Rows, tuple[LayerCache, ...]]:
+    """A span of layers of a full prefill: row t is the token in slot t, the cache of `size` slots holds nothing else.
+    `at` has the rows' positions where these aren't their slots.
 
     Causal attention among the rows is then row attention; on a GPU the library's kernel computes it.
     """
-    zeros = jnp.zeros((cfg.num_kv_heads, slots, cfg.head_dim), x.dtype)
-    real, out = (positions >= 0)[:, None], []
+    zeros = jnp.zeros((cfg.num_kv_heads, size, cfg.head_dim), x.dtype)
+    out = []
     for layer in layers:
         if how not in ("cudnn", "mosaic_gpu"):
-            x, kv = attend_and_finish(x, layer, cfg, positions, (zeros, zeros), how)
+            x, kv = attend_and_finish(x, layer, cfg, slots, (zeros, zeros), how, at)
         else:
-            q, k, v = decoder.project(x, layer, cfg)
-            q, k = (rotate(y.swapaxes(0, 1), positions, cfg.rope) for y in (q, k))
-            v = v.swapaxes(0, 1)
+            q, k, v = _rotated(x, layer, cfg, slots if at is None else at)
             with jax.named_scope("attention"):
-                attended = causal_attention(q.swapaxes(0, 1)[None], k[None], v[None], how)[0]
+                attended = causal_attention(q[None], k[None], v[None], how)[0]
             x = decoder.finish(x, attended, layer, cfg)
-            k, v = (zeros.at[:, : len(x)].set(jnp.where(real, y, 0)[:, :slots]) for y in (k, v))
-            kv = k, v
+            kv = _in_slots(k, v, slots, size)
         out.append(kv)
     return x, tuple(out)
+
+
+@partial(jax.jit, static_argnames=("cfg", "size", "how"))
+def narrow_layer(x: Float[Array, "A D"], layer: Layer, cfg: ModelConfig, everything: Int[Array, "A"],
+                 positions: Int[Array, "T"], size: int, how: str = "blocked") -> tuple[Rows, LayerCache]:
+    """One layer in which every token of the prompt gets fresh K and V, and only the rows at `positions` go on; row a of
+    `x` is token a, `everything` their positions (padding: -1)."""
+    q, k, v = _rotated(x, layer, cfg, everything)
+    kv = _in_slots(k, v, everything, size)
+    chosen = jnp.maximum(positions, 0)
+    return decoder.finish(x[chosen], _attention(q[chosen], kv, positions, how, None), layer, cfg), kv
+
+
+def _rotated(x, layer, cfg, positions):
+    q, k, v = decoder.project(x, layer, cfg)
+    q, k = (rotate(y.swapaxes(0, 1), positions, cfg.rope) for y in (q, k))
+    return q.swapaxes(0, 1), k, v.swapaxes(0, 1)
+
+
+def _in_slots(k, v, slots, size):
+    """K and V of rows 0, 1, ... in a cache of `size` slots, padding as zeros."""
+    zeros, real = jnp.zeros((k.shape[0], size, k.shape[2]), k.dtype), (slots >= 0)[:, None]
+    return tuple(zeros.at[:, : len(slots)].set(jnp.where(real, y, 0)[:, :size]) for y in (k, v))
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -161,20 +197,21 @@ def push_rows(params: Params, cfg: ModelConfig, x: Rows, positions: Int[Any, "T"
 
 
 def continuation_logits(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], positions: Int[Any, "T"],
-                        cache: KVCache, how: str = "blocked") -> Float[Array, "T V"]:
-    """Logits of every row: how a repaired cache judges a given continuation. The cache stays as it is."""
+                        cache: KVCache, how: str = "blocked", tail: Tail | None = None) -> Float[Array, "T V"]:
+    """Logits of every row: how a repaired cache judges a given continuation. The cache stays as it is. `positions` are
+    slots, which they differ from where there is a `tail`."""
     x = embed_rows(params, ids)
     for start in range(0, cfg.num_layers, SPAN):
         span = slice(start, start + SPAN)
         caches = tuple(zip(cache.k[span], cache.v[span], strict=True))
-        x = _continue_span(x, params.layers[span], cfg, positions, caches, how)
+        x = _continue_span(x, params.layers[span], cfg, positions, caches, how, tail)
     return _logits(params, cfg, x)
 
 
 @partial(jax.jit, static_argnames=("cfg", "how"))
-def _continue_span(x, layers, cfg, positions, caches, how):
+def _continue_span(x, layers, cfg, slots, caches, how, tail):
     for layer, cache in zip(layers, caches, strict=True):
-        x, _ = attend_and_finish(x, layer, cfg, positions, cache, how)
+        x, _ = attend_and_finish(x, layer, cfg, slots, cache, how, tail=tail)
     return x
 
 

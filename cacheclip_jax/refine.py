@@ -1,13 +1,13 @@
-"""Scores refined by the aux model itself: a second pass over caches that it repaired, and look-ahead.
+"""Scores refined by the model that made them: a second pass over caches that it repaired, and look-ahead.
 
-Both go on from the aux's assembled cache with the question's rows in it. They are programs of their own, dispatched
+Both go on from its assembled cache with the question's rows in it. They are programs of their own, dispatched
 after the first pass without waiting for it: the selection of the second pass, and the drafted tokens, stay on device.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,45 +15,56 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.assemble import KVCache
-from cacheclip_jax.bucket import ROW_STEPS, bucket
+from cacheclip_jax.bucket import bucket
+from cacheclip_jax.decode import padded_stop_ids
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
-from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.params import Params
-from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import choose_rows, push_rows
 from cacheclip_jax.score import Scoring, context_scores, embed_and_score, score_rows
 from cacheclip_jax.select import Budget, select_on_device
+from cacheclip_jax.side import Side
 
 
-def refine(model: Model, prompt: Prompt, scoring: Scoring, question: tuple[jax.Array, jax.Array, jax.Array],
-           x: Float[Array, "T D"], scores: Float[Array, "S"], cache: KVCache) -> Float[Array, "S"]:
+def refine(side: Side, scoring: Scoring, question: tuple[Any, Any, Any], x: Float[Array, "T D"],
+           scores: Float[Array, "S"], cache: KVCache) -> Float[Array, "S"]:
     """The scores of a first pass after the scoring's second pass and look-ahead.
 
     `question` has its rows' ids, positions and the index of the last one; `x` are they as they left the last layer that
-    ran, `cache` is the assembled one with their keys and values, of as many layers. Its slots have room for the
-    drafted tokens. The cache is used up.
+    ran, `cache` is the assembled one with their keys and values, of as many layers. The cache is used up.
     """
-    cfg, key, weights, how = model.config, scoring.key, scoring.weights(model.config), model.attention.name
+    model, cfg, slots, end = side.model, side.model.config, cache.slots, len(side.prompt.ids)
+    key, weights, how = scoring.key, scoring.weights(cfg), model.attention.name
     if scoring.second_pass:
-        cache = repair_best(model, prompt, scores, scoring.second_pass, cache)
-        x, scores, cache = embed_and_score(model.params, cfg, key, *question, cache, how, weights)
+        cache = repair_best(side, scores, scoring.second_pass, cache)
+        x, scores, cache = embed_and_score(model.asking, cfg, key, *question, cache, how, weights)
     if scoring.look_ahead:
-        ends = np.array(model.tokenizer.eos_ids, np.int32)
-        scores = scores + look_ahead(model.params, cfg, key, x, question[2], np.int32(len(prompt.ids)), cache,
-                                     np.int32(scoring.look_ahead), ends, scoring.drafts, how, weights)
+        if end + scoring.look_ahead > slots:
+            cache = widen(cache, bucket(end + scoring.look_ahead, 256))
+        ahead = look_ahead(model.asking, cfg, key, x, question[2], np.int32(end), cache, np.int32(scoring.look_ahead),
+                           padded_stop_ids(model), scoring.drafts, how, weights)
+        scores = scores + ahead[:slots]
     return scores
 
 
-def repair_best(model: Model, prompt: Prompt, scores: Float[Array, "S"], ratio: float, cache: KVCache) -> KVCache:
-    """The cache after the aux recomputed the best groups of its own context by `scores`, as the primary does it."""
+def repair_best(side: Side, scores: Float[Array, "S"], ratio: float, cache: KVCache) -> KVCache:
+    """The cache after the model recomputed the best groups of its own context by `scores`, as `execute` does it for the
+    primary."""
+    model, prompt = side.model, side.prompt
     start, context = np.int32(len(prompt.prefix)), bucket(prompt.context_tokens)
     best = select_on_device(context_scores(scores, start, context), prompt.chunk_lengths, Budget(ratio=ratio))
     ids = np.zeros(cache.slots, np.int32)
     ids[: len(prompt.ids)] = prompt.ids
     end = np.int32(prompt.question_start)  # the question's rows come after this, over what is repaired here
-    x, positions, _ = choose_rows(model.params, ids, best.mask, start, end, end, bucket(best.count(), 64, ROW_STEPS))
+    x, positions, _ = choose_rows(model.params, jax.device_put(ids, side.sharding), best.mask, start, end, end,
+                                  side.rows(best.count(), "repair"))
     return push_rows(model.params, model.config, x, positions, cache, model.attention.name)[1]
+
+
+@partial(jax.jit, static_argnames="slots")
+def widen(cache: KVCache, slots: int) -> KVCache:
+    """The cache with free slots up to `slots` behind its own."""
+    return jax.tree.map(lambda rows: jnp.pad(rows, ((0, 0), (0, slots - rows.shape[1]), (0, 0))), cache)
 
 
 @partial(jax.jit, static_argnames=("cfg", "scoring", "drafts", "how"))

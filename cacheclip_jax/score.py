@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +32,16 @@ class Scoring:
     rows: over question rows, "mean", "max", "last" (the row that has read the whole question), or a number: the mean of
       so many last ones.
     heads: over query heads, "mean" or "max".
-    context: "cached" (question rows over the aux's own chunk caches) or "joint" (the aux prefills the whole prompt
-      first: it sees across chunks, at the price of an aux prefill).
+    context: "cached" (question rows over the model's own chunk caches), "joint" (the model prefills the whole prompt
+      first: it sees across chunks, at the price of a prefill) or "alone" (the question is read behind the prefix only,
+      then its queries meet the chunk caches' keys: see `alone.py`; it takes none of the settings below).
     values: weigh each attention weight by the L2 norm of the value it fetches: what a token adds to the row, up to the
       output projection (Kobayashi et al. 2020, "Attention is Not Only a Weight").
     head_weights: for each scored layer in ascending order a weight for each query head. The score is then the weighted
-      sum over layers and heads, in place of their mean; learned weights come from finetuning the aux.
-    second_pass: the aux recomputes this share of the context, its own best groups of 8 tokens, over its own assembled
+      sum over layers and heads, in place of their mean; learned weights come from finetuning the model.
+    second_pass: the model recomputes this share of the context, its own best groups of 8 tokens, over its own assembled
       cache, and scores again from what that repaired (0: it scores once). Only with context "cached".
-    look_ahead: greedy tokens that the aux drafts after the question, at most; their rows see what an answer will need
+    look_ahead: greedy tokens that the model drafts after the question, at most; their rows see what an answer will need
       next. Their attention, reduced by `drafts` ("mean" or "max" over the tokens up to an end token), is added to the
       question's.
     """
@@ -48,7 +49,7 @@ class Scoring:
     layers: Literal["last", "late", "all"] | tuple[int, ...] = "late"
     rows: Literal["mean", "max", "last"] | int = "last"
     heads: Literal["mean", "max"] = "mean"
-    context: Literal["cached", "joint"] = "cached"
+    context: Literal["cached", "joint", "alone"] = "cached"
     values: bool = False
     head_weights: tuple[tuple[float, ...], ...] | None = None
     second_pass: float = 0.0
@@ -57,7 +58,7 @@ class Scoring:
 
     def __post_init__(self) -> None:
         for name, allowed in (("heads", ("mean", "max")), ("drafts", ("mean", "max")),
-                              ("context", ("cached", "joint"))):
+                              ("context", ("cached", "joint", "alone"))):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.rows not in ("mean", "max", "last") and not (isinstance(self.rows, int) and self.rows >= 1):
@@ -70,12 +71,21 @@ class Scoring:
             raise BadInput(f"second_pass={self.second_pass} is out of range: it must be between 0 (none) and 1")
         if self.second_pass and self.context == "joint":
             raise BadInput(f"second_pass={self.second_pass} needs context='cached': joint caches need no repair")
+        if self.context == "alone":
+            self._check_alone()
         if self.head_weights is not None:
             if self.heads != "mean":
                 raise BadInput(f"heads={self.heads!r} and head_weights both say how heads count: leave one of them out")
             wrong = [w for layer in self.head_weights for w in layer if not 0 <= w < np.inf]
             if wrong:
                 raise BadInput(f"head_weights has {wrong[0]}: weights are finite and not negative")
+
+    def _check_alone(self) -> None:
+        for name in ("values", "head_weights", "second_pass", "look_ahead"):
+            if getattr(self, name):
+                raise BadInput(f"{name}={getattr(self, name)} needs context='cached' or 'joint', not 'alone'")
+        if isinstance(self.rows, int):
+            raise BadInput(f"rows={self.rows} needs context='cached' or 'joint': 'alone' takes mean, max or last")
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """The scored layers of a model with `num_layers` layers, ascending."""
@@ -87,7 +97,7 @@ class Scoring:
             return tuple(range(num_layers // 2, max(num_layers - 1, num_layers // 2 + 1)))
         chosen = tuple(sorted({int(i) for i in self.layers}))
         if not chosen or any(not -num_layers <= i < num_layers for i in chosen):
-            raise BadInput(f"layers={self.layers}: the aux model has layers 0 to {num_layers - 1}")
+            raise BadInput(f"layers={self.layers}: the model has layers 0 to {num_layers - 1}")
         return tuple(sorted({i % num_layers for i in chosen}))
 
     def depth(self, num_layers: int) -> int:
@@ -182,7 +192,7 @@ def score_rows(params: Params, cfg: ModelConfig, scoring: Scoring, x: Float[Arra
     return x, layer_mean(total, weights, len(wanted)), KVCache(*zip(*kept, strict=True))
 
 
-def layer_mean(total: Float[Array, "S"], weights: Float[Array, "L N"] | None, layers: int) -> Float[Array, "S"]:
+def layer_mean(total: Float[Array, "S"], weights: Float[Any, "L N"] | None, layers: int) -> Float[Array, "S"]:
     """The mean of what so many layers added up; head weights make the sum itself the score."""
     return total / layers if weights is None else total
 
@@ -221,14 +231,16 @@ def context_scores(scores: Float[Array, "S"], prefix: Int[Array, ""], size: int)
     return jax.lax.dynamic_slice_in_dim(jnp.pad(scores, (0, size)), prefix, size)
 
 
-def attention_weights(q: Float[Array, "T N H"], keys: Float[Array, "K S H"], positions: Int[Array, "T"]
-               ) -> Float[Array, "T N S"]:
-    """Attention weights themselves, zero for padding rows; T is the question's length or 1, so T x S is small here."""
+def attention_weights(q: Float[Array, "T N H"], keys: Float[Array, "K S H"], positions: Int[Array, "T"],
+                      start: int | Int[Array, ""] = 0) -> Float[Array, "T N S"]:
+    """Attention weights themselves over the slots from `start` to each row's position, zero for padding rows; T is the
+    question's length or 1, so T x S is small here."""
     T, N, H = q.shape
     K, S, _ = keys.shape
     s = jnp.einsum("tkgh,ksh->tkgs", q.reshape(T, K, N // K, H), keys, preferred_element_type=jnp.float32,
                    precision=precision(q.dtype)) * H**-0.5
-    seen = (jnp.arange(S) <= positions[:, None])[:, None, None]
+    slot = jnp.arange(S)
+    seen = ((slot >= start) & (slot <= positions[:, None]))[:, None, None]
     weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30), axis=-1), 0)
     return weights.reshape(T, N, S)
 

@@ -13,16 +13,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.errors import BadInput
+from cacheclip_jax.groups import Grouping, Groups, Reduce, Windows
+from cacheclip_jax.model.tokenizer import Encoded
 
 
 @dataclass(frozen=True)
 class Budget:
     """How many context tokens to recompute: exactly one of a ratio of the context (0..1), a number of tokens, or a
-    share of the score mass (0..1, adaptive: a question whose scores are concentrated costs less)."""
+    share of the score mass (0..1, adaptive: a question whose scores are concentrated costs less).
+
+    A mass budget recomputes `at_least` and `at_most` these ratios of the context, whatever share of the mass they hold.
+    """
 
     ratio: float | None = None
     tokens: int | None = None
     mass: float | None = None
+    at_least: float = 0.0
+    at_most: float = 1.0
 
     def __post_init__(self) -> None:
         given = [n for n in ("ratio", "tokens", "mass") if getattr(self, n) is not None]
@@ -34,43 +41,24 @@ class Budget:
         if not value >= 0 or (given[0] != "tokens" and value > 1):
             limits = "0 or more" if given[0] == "tokens" else "between 0 and 1"
             raise BadInput(f"{given[0]}={value} is out of range: it must be {limits}")
+        if not 0 <= self.at_least <= self.at_most <= 1:
+            raise BadInput(f"at_least={self.at_least}, at_most={self.at_most}: they must be 0 to 1, in order")
+        if self.mass is None and (self.at_least, self.at_most) != (0, 1):
+            raise BadInput(f"at_least={self.at_least}, at_most={self.at_most} bound a mass budget: {given[0]} is exact")
 
     def target(self, context_tokens: int) -> int:
-        """The number of tokens to spend (ratio and token budgets)."""
-        if self.ratio is not None:
-            return round(self.ratio * context_tokens)
-        assert self.tokens is not None
-        return min(self.tokens, context_tokens)
+        """The number of tokens to spend; of a mass budget, the most it may."""
+        if self.tokens is not None:
+            return min(self.tokens, context_tokens)
+        return round((self.at_most if self.ratio is None else self.ratio) * context_tokens)
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Fixed groups of `size` consecutive tokens of one chunk, ranked by the sum of their scores."""
-
-    size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise BadInput(f"group size {self.size} is out of range: it must be 1 or more")
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The sliding window of CacheClip's second version: of the best tokens up to the budget, those `size`-token windows
-    that hold at least `density` of them are kept whole, the other tokens are dropped."""
-
-    size: int = 8
-    density: int = 5
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.density <= self.size:
-            raise BadInput(f"density {self.density} is out of range: 1 to the window size {self.size}")
-
-
-def select(scores: np.ndarray, chunk_lengths: Sequence[int], budget: Budget, grouping: Groups | Windows = Groups()
-           ) -> np.ndarray:
+def select(scores: np.ndarray, chunk_lengths: Sequence[int], budget: Budget,
+           grouping: Grouping = Groups(), chunks: Sequence[Encoded] = (), heads_of_chunks: int = 0  # noqa: B008 (frozen)
+           ) -> Bool[np.ndarray, "C"]:
     """Which of the context's tokens to recompute, as a boolean mask over them; `select_on_device`, fetched."""
-    return np.asarray(select_on_device(scores, chunk_lengths, budget, grouping).mask)[: sum(chunk_lengths)]
+    chosen = select_on_device(scores, chunk_lengths, budget, grouping, chunks, heads_of_chunks)
+    return np.asarray(chosen.mask)[: sum(chunk_lengths)]
 
 
 @dataclass(frozen=True)
@@ -87,87 +75,91 @@ class Selected:
 
 
 def select_on_device(scores: np.ndarray | jax.Array, chunk_lengths: Sequence[int], budget: Budget,
-                     grouping: Groups | Windows = Groups()) -> Selected:
+                     grouping: Grouping = Groups(), chunks: Sequence[Encoded] = (),  # noqa: B008 (frozen)
+                     heads_of_chunks: int = 0) -> Selected:
     """Which of the context's tokens to recompute, without waiting for the scores.
 
     `scores` has one non-negative number per context token, chunks one after another; on device they are followed by
     anything up to `bucket(context tokens)`, so that what follows compiles once for it. Groups never cross a chunk. With
-    `Groups` the mask holds at most one group more than the budget asks for; with `Windows` it may hold more or less.
+    `Groups` and `Sentences` the mask holds at most one group more than the budget asks for; with `Windows` it may hold
+    more or less. `Sentences` need the `chunks` that the scores are of.
+
+    The first `heads_of_chunks` tokens of every chunk are taken before anything else and count as spent; where all of
+    them would exceed the budget, so many of each as it pays for. A mass budget counts them only against its bounds.
     """
     total = sum(chunk_lengths)
     if len(scores) < total:
         raise ValueError(f"{len(scores)} scores for chunks of {total} tokens")
-    slots = bucket(total)
-    padded = scores
-    if len(scores) != slots:
-        padded = np.zeros(slots, np.float32)
-        padded[:total] = np.asarray(scores)[:total]
+    padded = pad_to_bucket(scores, total)
+    slots, target = len(padded), budget.target(total)
+    always, spent = _heads(chunk_lengths, min(heads_of_chunks, target // max(len(chunk_lengths), 1)), slots)
     if isinstance(grouping, Windows):
         if budget.mass is not None:
-            raise BadInput("a mass budget needs Groups: the sliding window counts tokens")
+            raise BadInput("a mass budget needs Groups or Sentences: the sliding window counts tokens")
         ends = np.full(slots, total, np.int32)
         ends[:total] = np.repeat(np.cumsum(chunk_lengths), chunk_lengths)
-        target = budget.target(total)
-        mask = select_windows(padded, ends, np.int32(total), np.int32(target), grouping.size, grouping.density)
-        return Selected(mask, None)
-    starts, sizes = _groups(chunk_lengths, grouping.size, slots)
+        mask = select_windows(padded, ends, np.int32(total), np.int32(target - spent), grouping.size, grouping.density)
+        return Selected(mask if always is None else mask | always, None)
+    sizes = grouping.sizes(chunk_lengths, chunks).astype(np.int32)
+    starts = np.cumsum(sizes, dtype=np.int32) - sizes
+    starts, sizes = (np.pad(x, (0, slots - len(sizes))) for x in (starts, sizes))
+    low, mass = target, None
     if budget.mass is not None:
-        return Selected(select_groups_by_mass(padded, starts, sizes, np.float32(budget.mass), grouping.size), None)
-    target = budget.target(total)
-    mask = select_groups(padded, starts, sizes, np.int32(target), grouping.size)
-    return Selected(mask, min(total, target + grouping.size - 1) if target else 0)
+        low, mass = round(budget.at_least * total), np.float32(budget.mass)
+    mask = select_groups(padded, starts, sizes, np.int32(low - spent), np.int32(target - spent), grouping.longest,
+                         grouping.reduce, mass, always)
+    if budget.mass is not None:
+        return Selected(mask, None)
+    return Selected(mask, min(total, target + grouping.longest - 1) if target else 0)
 
 
-def _groups(chunk_lengths: Sequence[int], size: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """First token and number of tokens of each group, padded with empty ones to `slots`: a group has at least one."""
-    ids = group_ids(chunk_lengths, size)
-    starts, sizes = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-    first = np.flatnonzero(np.diff(ids, prepend=-1))
-    starts[: len(first)], sizes[: len(first)] = first, np.diff(first, append=len(ids))
-    return starts, sizes
+def pad_to_bucket(scores: np.ndarray | jax.Array, total: int) -> np.ndarray | jax.Array:
+    """Scores of `total` context tokens, padded with zeros to their bucket; scores on device have that size already."""
+    slots = bucket(total)
+    if len(scores) == slots:
+        return scores
+    padded = np.zeros(slots, np.float32)
+    padded[:total] = np.asarray(scores)[:total]
+    return padded
 
 
-def group_ids(chunk_lengths: Sequence[int], size: int) -> np.ndarray:
-    """The group of each context token: consecutive runs of `size` tokens that start anew at every chunk."""
-    ids, first = [], 0
-    for length in chunk_lengths:
-        ids.append(first + np.arange(length) // size)
-        first += -(-length // size)
-    return np.concatenate(ids) if ids else np.zeros(0, np.int64)
+def _heads(chunk_lengths: Sequence[int], count: int, slots: int) -> tuple[np.ndarray | None, int]:
+    """A mask of each chunk's first `count` tokens and how many they are; None where there are none."""
+    if not count:
+        return None, 0
+    within = np.concatenate([np.arange(length) for length in chunk_lengths])
+    mask = np.pad(within < count, (0, slots - len(within)))
+    return mask, int(mask.sum())
 
 
-@partial(jax.jit, static_argnames="size")
-def select_groups(scores: Float[Array, "C"], starts: Int[Array, "C"], sizes: Int[Array, "C"], budget: Int[Array, ""],
-                  size: int) -> Bool[Array, "C"]:
-    """Whole groups from the top while fewer than `budget` tokens are taken; a group of 0 tokens is padding."""
-    order, _ = _ranked(scores, starts, sizes, size)
-    taken = sizes[order]
-    return _chosen(starts, sizes, order, jnp.cumsum(taken) - taken < budget, size)
+@partial(jax.jit, static_argnames=("size", "reduce"))
+def select_groups(scores: Float[Array, "C"], starts: Int[Array, "C"], sizes: Int[Array, "C"], low: Int[Array, ""],
+                  high: Int[Array, ""], size: int, reduce: Reduce = "sum", mass: Float[Array, ""] | None = None,
+                  always: Bool[Array, "C"] | None = None) -> Bool[Array, "C"]:
+    """Whole groups from the top while fewer than `high` tokens are taken; with `mass`, only until they are `low` tokens
+    and hold this share of all scores (1.0 takes every group).
 
-
-@partial(jax.jit, static_argnames="size")
-def select_groups_by_mass(scores: Float[Array, "C"], starts: Int[Array, "C"], sizes: Int[Array, "C"],
-                          mass: Float[Array, ""], size: int) -> Bool[Array, "C"]:
-    """Whole groups from the top until they hold the share `mass` of all scores (1.0 takes every group)."""
-    order, sums = _ranked(scores, starts, sizes, size)
-    taken = sums[order]
-    wanted = jnp.where(mass >= 1, jnp.inf, mass * sums.sum())
-    return _chosen(starts, sizes, order, jnp.cumsum(taken) - taken < wanted, size)
-
-
-def _ranked(scores, starts, sizes, size):
+    A group has at most `size` tokens, one of 0 tokens is padding. Tokens that are `always` taken cost nothing.
+    """
     # Gathered, not scattered: sums come out the same every time, also where a scatter adds in any order.
     within = jnp.arange(size)
-    values = scores[jnp.minimum(starts[:, None] + within, scores.shape[0] - 1)]
-    sums = jnp.where(within < sizes[:, None], values, 0).sum(1)
-    return jnp.argsort(jnp.where(sizes > 0, -sums, jnp.inf), stable=True), sums  # ties: the earlier group
-
-
-def _chosen(starts, sizes, order, taken, size):
+    tokens = jnp.minimum(starts[:, None] + within, scores.shape[0] - 1)
+    belongs = within < sizes[:, None]
+    values = jnp.where(belongs, scores[tokens], 0)
+    sums, costs = values.sum(1), sizes
+    rank = {"sum": sums, "mean": sums / jnp.maximum(sizes, 1), "max": values.max(1)}[reduce]
+    if always is not None:
+        costs = (belongs & ~always[tokens]).sum(1)
+    order = jnp.argsort(jnp.where(sizes > 0, -rank, jnp.inf), stable=True)  # ties: the earlier group
+    before = jnp.cumsum(costs[order]) - costs[order]
+    taken = before < high
+    if mass is not None:
+        held = jnp.cumsum(sums[order]) - sums[order]
+        taken &= (before < low) | (held < jnp.where(mass >= 1, jnp.inf, mass * sums.sum()))
     taken = jnp.zeros_like(taken).at[order].set(taken) & (sizes > 0)
-    within = jnp.arange(size)
-    tokens = jnp.where(taken[:, None] & (within < sizes[:, None]), starts[:, None] + within, starts.shape[0])
-    return jnp.zeros(starts.shape[0], bool).at[tokens.reshape(-1)].set(True, mode="drop")
+    chosen = jnp.where(taken[:, None] & belongs, starts[:, None] + within, starts.shape[0])
+    mask = jnp.zeros(starts.shape[0], bool).at[chosen.reshape(-1)].set(True, mode="drop")
+    return mask if always is None else mask | always
 
 
 @partial(jax.jit, static_argnames=("size", "density"))

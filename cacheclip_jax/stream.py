@@ -11,12 +11,10 @@ import numpy as np
 from cacheclip_jax import compiles
 from cacheclip_jax.answer import Result, Selection, Times
 from cacheclip_jax.assemble import KVCache
-from cacheclip_jax.decode import Sampling, TextStream, decode, first_token
-from cacheclip_jax.errors import UnsupportedModel
+from cacheclip_jax.decode import Sampling, TextStream, decode, first_token, padded_stop_ids
 from cacheclip_jax.model.load import Model
 
 DECODE_STEPS = 4  # tokens per compiled decode call, and so per streamed piece
-MAX_STOP_IDS = 8
 
 
 class AnswerStream:
@@ -24,14 +22,10 @@ class AnswerStream:
 
     def __init__(self, model: Model, prefill, text: TextStream, sampling: Sampling, max_new_tokens: int):
         self._model, self._prefill, self._text, self._limit = model, prefill, text, max_new_tokens
-        stop_ids = model.tokenizer.eos_ids
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise UnsupportedModel(f"{model.name} has {len(stop_ids)} end tokens, more than {MAX_STOP_IDS}")
-        self._stop_ids = np.array([*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))], np.int32)
         self._sampling = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
-                          self._stop_ids)
+                          padded_stop_ids(model))
         self._greedy = sampling.temperature == 0
-        self._state = first_token(prefill.logits, np.int32(len(prefill.prompt.ids)), jax.random.key(sampling.seed),
+        self._state = first_token(prefill.logits, prefill.tail.slot, jax.random.key(sampling.seed),
                                   *self._sampling, greedy=self._greedy)
         self._first = int(self._state.token)
         self._ttft = prefill.clock.total()
@@ -54,7 +48,7 @@ class AnswerStream:
         """Start to compute the next DECODE_STEPS tokens, -1 after the end."""
         tokens, self._state, self._cache = decode(
             self._model.params, self._model.config, self._state, self._cache, *self._sampling, steps=DECODE_STEPS,
-            greedy=self._greedy, how=self._model.attention.name)
+            greedy=self._greedy, how=self._model.attention.name, tail=self._prefill.decode_tail)
         return tokens
 
     def __iter__(self) -> Iterator[str]:
@@ -92,7 +86,7 @@ class AnswerStream:
             text=self._text.text, token_ids=tuple(ids), finish_reason=reason, method=p.method,
             realised_ratio=recomputed / p.prompt.context_tokens, context_tokens=p.prompt.context_tokens,
             prefix_tokens=len(p.prompt.prefix), question_tokens=len(p.prompt.question),
-            reused_tokens=p.prompt.context_tokens - recomputed, recomputed_tokens=recomputed,
+            reused_tokens=0 if p.planned.drop else p.prompt.context_tokens - recomputed, recomputed_tokens=recomputed,
             hits=p.fetched.hits, misses=p.fetched.misses, encoded=tuple(p.fetched.encoded),
             repaired=tuple(p.fetched.repaired), warnings=self.warnings,
             compiles=compiles.count() - p.compiled_before,

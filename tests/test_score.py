@@ -1,5 +1,8 @@
 """Scores: attention of the question's rows, its reductions, and the map between tokenisations."""
 
+import re
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +36,19 @@ def attention_by_hand(params, cfg, ids, layer_index):
     return weights.swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("rows", ["mean", "max", "last"])
+def asked_over_cache(params, cfg, chunks, question, slots=64, pad=4):
+    """What `score` takes of a question behind prefix and chunks: ids, positions, last row, cache."""
+    start = sum(map(len, chunks))
+    cache = assembled(params, cfg, chunks[0], chunks[1:], slots)
+    ids = np.concatenate([question, np.zeros(pad, np.int32)])
+    positions = np.concatenate([start + np.arange(len(question)), np.full(pad, -1)]).astype(np.int32)
+    return ids, positions, np.int32(len(question) - 1), cache
+
+
+@pytest.mark.parametrize("how", ["blocked", "mosaic_gpu"])  # the second leaves so few rows to `dense`, on a CPU too
+@pytest.mark.parametrize("rows", ["mean", "max", "last", 4, 40])
 @pytest.mark.parametrize("heads", ["mean", "max"])
-def test_scores_are_the_question_rows_attention_reduced_over_rows_heads_and_layers(qwen2, rows, heads):
+def test_scores_are_the_question_rows_attention_reduced_over_rows_heads_and_layers(qwen2, rows, heads, how):
     cfg, params = qwen2
     prefix, chunk, question = random_prompt(cfg, (5, 30, 9))
     ids = np.concatenate([prefix, chunk, question])
@@ -44,14 +57,49 @@ def test_scores_are_the_question_rows_attention_reduced_over_rows_heads_and_laye
     for index in (0, 2):
         seen = attention_by_hand(params, cfg, ids, index)[asked]
         seen = seen.mean(1) if heads == "mean" else seen.max(1)
-        expected += (seen[-1] if rows == "last" else seen.mean(0) if rows == "mean" else seen.max(0)) / 2
-    cache = assembled(params, cfg, prefix, [chunk], 64)
-    padded = np.concatenate([question, np.zeros(4, np.int32)])
-    positions = np.concatenate([np.arange(len(ids))[asked], np.full(4, -1)]).astype(np.int32)
+        last = {"last": 1, "mean": 9, "max": 9}.get(rows, rows)
+        expected += (seen.max(0) if rows == "max" else seen[-last:].mean(0)) / 2
     scoring = Scoring(layers=(0, -1), rows=rows, heads=heads)
-    scores = score(params, cfg, scoring, padded, positions, np.int32(len(question) - 1), cache)
+    scores = score(params, cfg, scoring, *asked_over_cache(params, cfg, [prefix, chunk], question), how)
     assert max_diff(scores[: len(ids)], expected) < 1e-5
     assert np.all(np.asarray(scores[len(ids) :]) == 0)
+
+
+def test_value_norms_weigh_each_head_s_attention(qwen2):
+    cfg, params = qwen2
+    prefix, chunk, question = random_prompt(cfg, (5, 30, 9))
+    ids = np.concatenate([prefix, chunk, question])
+    *rest, cache = asked_over_cache(params, cfg, [prefix, chunk], question)
+    scores = score(params, cfg, Scoring(layers=(1,), values=True), *rest, cache)
+    norms = np.repeat(np.linalg.norm(np.asarray(cache.v[1]), axis=-1), cfg.num_heads // cfg.num_kv_heads, 0)
+    expected = (attention_by_hand(params, cfg, ids, 1)[-1, :, :35] * norms[:, :35]).mean(0)
+    assert max_diff(scores[:35], expected) < 1e-5
+
+
+def test_head_weights_replace_the_mean_over_layers_and_heads(qwen2):
+    cfg, params = qwen2
+    prefix, chunk, question = random_prompt(cfg, (5, 30, 9))
+    ids = np.concatenate([prefix, chunk, question])
+    given = np.random.default_rng(0).random((2, cfg.num_heads))
+    scoring = Scoring(layers=(0, 2), head_weights=tuple(map(tuple, given.tolist())))
+    parts = asked_over_cache(params, cfg, [prefix, chunk], question)
+    scores = score(params, cfg, scoring.key, *parts, weights=scoring.weights(cfg))
+    seen = [attention_by_hand(params, cfg, ids, index)[-1] for index in (0, 2)]
+    assert max_diff(scores[: len(ids)], sum(w @ s for w, s in zip(given, seen, strict=True))) < 1e-5
+    even = Scoring(layers=(0, 2), head_weights=((1 / 8,) * 4,) * 2)
+    by_mean = score(params, cfg, Scoring(layers=(0, 2)), *parts)
+    assert max_diff(score(params, cfg, even.key, *parts, weights=even.weights(cfg)), by_mean) < 1e-6
+
+
+def test_head_weights_that_do_not_fit_the_model_are_refused(qwen2):
+    with pytest.raises(BadInput, match=r"1 layers of \[3\]: with layers='late' this model takes 1 layers of 4"):
+        Scoring(head_weights=((0.1, 0.2, 0.3),)).weights(qwen2[0])
+
+
+def test_settings_that_only_choose_programs_share_them():
+    plain = Scoring(rows=4, values=True)
+    assert replace(plain, look_ahead=8, drafts="max", second_pass=0.1, head_weights=((1.0,),)).key == plain.key
+    assert replace(plain, context="joint").key == plain.key != replace(plain, rows=2).key
 
 
 def test_a_token_whose_key_matches_the_question_gets_the_highest_score(qwen2):
@@ -78,9 +126,14 @@ def test_layer_names_resolve_as_documented():
     assert SCORINGS["paper"] == Scoring(layers="last", rows="mean", heads="mean", context="cached")
 
 
-@pytest.mark.parametrize("wrong", [{"rows": "median"}, {"heads": "sum"}, {"context": "none"}, {"layers": "early"}])
+@pytest.mark.parametrize("wrong", [{"rows": "median"}, {"heads": "sum"}, {"context": "none"}, {"layers": "early"},
+                                   {"rows": 0}, {"drafts": "last"}, {"look_ahead": -1}, {"second_pass": 1.5},
+                                   {"second_pass": 0.1, "context": "joint"}, {"look_ahead": 2, "context": "alone"},
+                                   {"rows": 2, "context": "alone"}, {"head_weights": ((-1.0,),)},
+                                   {"heads": "max", "head_weights": ((1.0,),)}])
 def test_an_unknown_setting_is_refused_by_name(wrong):
-    with pytest.raises(BadInput, match=next(iter(wrong.values()))):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(BadInput, match=f"{name}.*{re.escape(str(value).strip('(,)'))}"):
         Scoring(**wrong)
 
 

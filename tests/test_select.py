@@ -1,12 +1,16 @@
 """Selection: whole groups, budgets, windows."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.select import Budget, Groups, Windows, group_ids, select
+from cacheclip_jax.groups import Groups, Sentences, Windows, group_ids
+from cacheclip_jax.model.tokenizer import Encoded
+from cacheclip_jax.select import Budget, select
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -81,6 +85,80 @@ def test_windows_follow_their_definition(lens, ratio, density, seed):
     scores = np.repeat(scores_for(lens, seed)[::3], 3)[: sum(lens)]  # runs, so that dense windows occur
     expected = windows_by_hand(scores, lens, round(ratio * sum(lens)), 8, density)
     np.testing.assert_array_equal(select(scores, lens, Budget(ratio=ratio), Windows(8, density)), expected)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+def test_groups_are_ranked_by_the_reduction_asked_for(reduce):
+    lens = [19, 8, 30]
+    scores, groups = scores_for(lens, 3), group_ids(lens, 8)
+    values = np.array([getattr(scores[groups == g], reduce)() for g in range(groups.max() + 1)])
+    for count in range(1, len(values)):
+        best = np.argsort(-values)[:count]
+        mask = select(scores, lens, Budget(tokens=int(np.isin(groups, best[:-1]).sum()) + 1), Groups(8, reduce))
+        np.testing.assert_array_equal(mask, np.isin(groups, best))
+
+
+@settings(max_examples=40, deadline=None)
+@given(lens=lengths, mass=st.floats(0, 1), bounds=st.tuples(st.floats(0, 1), st.floats(0, 1)), seed=st.integers(0, 9))
+def test_a_mass_budget_is_cut_to_its_bounds(lens, mass, bounds, seed):
+    scores, (low, high) = scores_for(lens, seed), sorted(bounds)
+    free = select(scores, lens, Budget(mass=mass)).sum()
+    bounded = select(scores, lens, Budget(mass=mass, at_least=low, at_most=high)).sum()
+    total = sum(lens)
+    assert min(free, round(high * total)) <= bounded <= max(min(free, round(high * total) + 7), round(low * total) + 7)
+    assert bounded >= round(low * total)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lens=lengths, ratio=st.floats(0, 1), heads=st.integers(1, 12), seed=st.integers(0, 9))
+def test_the_heads_of_chunks_are_taken_first_and_count_as_spent(lens, ratio, heads, seed):
+    scores, target = scores_for(lens, seed), round(ratio * sum(lens))
+    within = np.concatenate([np.arange(n) for n in lens])
+    always = within < min(heads, target // len(lens))
+    mask = select(scores, lens, Budget(ratio=ratio), Groups(8), heads_of_chunks=heads)
+    assert mask[always].all() and (target <= mask.sum() < target + 8 or mask.sum() == target)
+    groups = group_ids(lens, 8)
+    rest = [scores[groups == g].sum() for g in np.unique(groups) if not mask[groups == g].all()]
+    taken = [scores[groups == g].sum() for g in np.unique(groups[mask & ~always])]
+    assert not rest or not taken or min(taken) >= max(rest) - 1e-6
+
+
+def test_windows_take_the_heads_of_chunks_too():
+    scores = np.zeros(40, np.float32)
+    scores[10:20] = 1
+    mask = select(scores, [25, 15], Budget(tokens=14), Windows(), heads_of_chunks=2)
+    np.testing.assert_array_equal(np.flatnonzero(mask), [0, 1, *range(10, 23), 25, 26])  # 15 to 22 holds 5 of the best
+
+
+def words(text: str) -> Encoded:
+    """A token for each word with the space before it."""
+    starts = [0, *(i for i, c in enumerate(text) if c == " "), len(text)]
+    spans = tuple((a, b) for a, b in pairwise(starts) if b > a)
+    return Encoded(tuple(range(len(spans))), spans, text)
+
+
+def test_sentences_are_taken_whole_and_long_ones_in_even_parts():
+    chunks = [words("One two three. Four five! Six"), words("a b c d e f g. h")]
+    lens = [len(c.ids) for c in chunks]
+    assert Sentences(longest=4).sizes(lens, chunks).tolist() == [3, 2, 1, 3, 4, 1]
+    assert Sentences().sizes(lens, chunks).tolist() == [3, 2, 1, 7, 1]
+    scores = np.array([0, 0, 0, 0, 5, 1, *[2] * 7, 0], np.float32)
+    picked = {reduce: np.flatnonzero(select(scores, lens, Budget(tokens=1), Sentences(reduce=reduce), chunks)).tolist()
+              for reduce in ("sum", "mean", "max")}
+    assert picked == {"sum": list(range(6, 13)), "mean": [3, 4], "max": [3, 4]}
+
+
+def test_sentences_without_their_text_are_refused():
+    with pytest.raises(ValueError, match="texts"):
+        select(np.ones(5, np.float32), [5], Budget(ratio=0.5), Sentences())
+
+
+@pytest.mark.parametrize("wrong", [lambda: Groups(reduce="median"), lambda: Sentences(reduce="median"),
+                                   lambda: Sentences(longest=0), lambda: Budget(mass=0.5, at_least=0.3, at_most=0.2),
+                                   lambda: Budget(ratio=0.1, at_most=0.2)])
+def test_a_setting_out_of_range_is_refused_by_name(wrong):
+    with pytest.raises(BadInput, match="reduce|longest|at_least|at_most"):
+        wrong()
 
 
 @pytest.mark.parametrize("wrong", [dict(ratio=1.2), dict(ratio=-0.1), dict(ratio=float("nan")), dict(tokens=-1),

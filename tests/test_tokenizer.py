@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput, BadModelFile
-from cacheclip_jax.model.tokenizer import Tokenizer, nfc
+from cacheclip_jax.model.tokenizer import Encoded, Tokenizer, nfc
 from tests.checkpoints import CHATML, SPECIAL, bpe, write_tokenizer
 
 CONTROL = {bpe().get_vocab()[t] for t in SPECIAL}
@@ -145,3 +145,28 @@ def test_a_directory_without_a_fast_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BadModelFile, match="can't be loaded"):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_a_sentence_begins_at_the_token_of_its_first_character():
+    text = 'Go on. "Why?" he said\n\n3.5 is a number. 猫だ。犬'
+    spans = ((0, 2), (2, 5), (5, 6), (6, 8), (8, 13), (13, 21), (21, 23), (23, 26), (26, 39), (39, 40),
+             (40, 42), (42, 43), (43, 44), (43, 44), (43, 44))
+    encoded = Encoded(tuple(range(len(spans))), spans, text)
+    firsts = [text[spans[i][0] : spans[i][1]].strip() for i in encoded.sentence_starts]
+    assert firsts == ["Go", '"', "he said", "3.5", "猫だ", "犬"]
+    assert encoded.sentence_starts[-1] == 12  # of three tokens for one character the first
+
+
+def test_tokens_without_letters_and_digits_are_formatting(tokenizer):
+    encoded = Encoded((0,) * 7, ((0, 1), (1, 3), (3, 5), (5, 6), (6, 7), (6, 7), (7, 8)), "a, 7\n_é -")
+    assert encoded.formatting.tolist() == [False, True, False, True, False, False, True]
+    text = "the cat  sat\n\n on 漢字 (and) **naïve**"
+    real = tokenizer.encode(text)
+    expected = [not any(c.isalnum() for c in text[a:b]) for a, b in real.spans]
+    assert real.formatting.tolist() == expected and real.text == text
+
+
+@pytest.mark.parametrize("text", ["", "x", "." * 200_000, "\n" * 200_000, " " * 200_000 + "."])
+def test_sentences_of_any_text_are_found_in_time(text):
+    encoded = Encoded((0,) * len(text), tuple((i, i + 1) for i in range(len(text))), text)
+    assert encoded.sentence_starts.tolist() == [0] and len(encoded.formatting) == len(text)

@@ -7,10 +7,11 @@ import pytest
 
 from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.model.adapter import Factors, Lora, add_lora
+from cacheclip_jax.model.params import init
 from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.score import Scoring, score
-from tests.conftest import assembled, full_prefill, max_diff, random_prompt
+from tests.conftest import TINY, assembled, full_prefill, max_diff, random_prompt
 from train.forward import encode_context, score_batch, stack_layers
 from train.packed import pack, stack
 
@@ -19,7 +20,8 @@ SLOTS, ROWS = 128, 16
 
 def prompt_of(cfg, lengths=(5, 24, 17, 30, 9), seed=0) -> Prompt:
     prefix, *chunks, question = (tuple(int(i) for i in part) for part in random_prompt(cfg, lengths, seed))
-    return Prompt(prefix, tuple(Encoded(c, tuple((i, i + 1) for i in range(len(c)))) for c in chunks), question)
+    encoded = (Encoded(c, tuple((i, i + 1) for i in range(len(c))), "x" * len(c)) for c in chunks)
+    return Prompt(prefix, tuple(encoded), question)
 
 
 def online(params, cfg, prompt: Prompt, scoring: Scoring, reader=None) -> np.ndarray:
@@ -39,9 +41,10 @@ def random_heads(cfg, seed=0):
         cfg.num_layers, cfg.num_heads)
 
 
-@pytest.mark.parametrize("context", ["cached", "joint"])
-def test_scores_of_training_are_those_of_inference_whatever_is_in_the_batch(tiny, context):
-    cfg, params = tiny
+@pytest.mark.parametrize("family, context", [("qwen2", "cached"), ("qwen2", "joint"), ("qwen3", "cached")])
+def test_scores_of_training_are_those_of_inference_whatever_is_in_the_batch(family, context):
+    cfg = TINY[family]
+    params = init(jax.random.key(7), cfg)
     heads = random_heads(cfg)
     scoring = Scoring(layers="all", context=context, head_weights=tuple(map(tuple, heads.tolist())))
     prompts = [prompt_of(cfg), prompt_of(cfg, (3, 7, 40, 4), 1)]

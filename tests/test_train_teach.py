@@ -27,22 +27,27 @@ def judged(qwen2):
     return cfg, params, prompt, jax.tree.map(lambda leaf: np.asarray(leaf[0]), verdict)
 
 
-def test_the_answer_is_the_greedy_one_after_full_prefill(judged):
+@pytest.fixture(scope="module")
+def answered(judged):
+    """The rows of question and answer, their positions, and their logits over full prefill's cache and over chunk
+    caches."""
     cfg, params, prompt, verdict = judged
-    logits, _ = full_prefill(params, cfg, prompt.ids, SLOTS)
-    ids = list(prompt.ids)
-    for token in verdict.answer:
-        assert token == np.argmax(logits)
-        ids.append(token)
-        logits, _ = full_prefill(params, cfg, np.array(ids), SLOTS)
+    ids = np.array([*prompt.question, *verdict.answer[:-1]], np.int32)
+    positions = prompt.question_start + np.arange(len(ids))
+    caches = (full_prefill(params, cfg, prompt.ids[: prompt.question_start], SLOTS)[1],
+              assembled(params, cfg, prompt.prefix, [c.ids for c in prompt.chunks], SLOTS))
+    return ids, positions, *(continuation_logits(params, cfg, ids, positions, cache) for cache in caches)
 
 
-def test_attention_is_the_mean_over_the_rows_that_make_the_answer(judged):
+def test_the_answer_is_the_greedy_one_after_full_prefill(judged, answered):
+    assert np.array_equal(answered[2][-ANSWER:].argmax(-1), judged[3].answer)
+
+
+def test_attention_is_the_mean_over_the_rows_that_make_the_answer(judged, answered):
     cfg, params, prompt, verdict = judged
     _, cache = full_prefill(params, cfg, prompt.ids[: prompt.question_start], SLOTS)
-    ids = np.array([*prompt.question, *verdict.answer[:-1]], np.int32)
-    expected = score(params, cfg, Scoring(layers="all", rows=ANSWER).key, ids,
-                     prompt.question_start + np.arange(len(ids)), np.int32(len(ids) - 1), cache)
+    ids, positions, *_ = answered
+    expected = score(params, cfg, Scoring(layers="all", rows=ANSWER).key, ids, positions, np.int32(len(ids) - 1), cache)
     context = slice(len(prompt.prefix), prompt.question_start)
     assert max_diff(verdict.scores["attention"][context], expected[context]) < 1e-5
     assert not verdict.scores["attention"][: context.start].any()
@@ -56,18 +61,12 @@ def test_deviation_is_attention_times_how_far_values_moved_and_zero_in_the_first
     assert first.max() < 1e-6 < rest.min()
 
 
-def test_influences_add_up_to_the_divergence_of_reuse(judged):
-    cfg, params, prompt, verdict = judged
-    ids = np.array([*prompt.question, *verdict.answer[:-1]], np.int32)
-    positions = prompt.question_start + np.arange(len(ids))
-    caches = (assembled(params, cfg, prompt.prefix, [c.ids for c in prompt.chunks], SLOTS),
-              full_prefill(params, cfg, prompt.ids[: prompt.question_start], SLOTS)[1])
-    stale, fresh = (jax.nn.log_softmax(continuation_logits(params, cfg, ids, positions, c)[-ANSWER:]) for c in caches)
+def test_influences_add_up_to_the_divergence_of_reuse(judged, answered):
+    _, _, prompt, verdict = judged
+    fresh, stale = (jax.nn.log_softmax(logits[-ANSWER:]) for logits in answered[2:])
     kl = float((jnp.exp(fresh) * (fresh - stale)).sum())
     assert verdict.kl == pytest.approx(kl, rel=1e-3) and kl > 0.1
-    unclipped = teach(stack_layers(params), cfg, stack([pack(prompt, SLOTS, ROWS, ANSWER)]), jnp.array([-1]),
-                      Teaching(answer_tokens=ANSWER, points=16))
-    assert unclipped.scores["influence"].sum() >= 0.95 * kl
+    assert verdict.scores["influence"].sum() >= 0.98 * kl  # negative shares were left out
     first = slice(len(prompt.prefix), len(prompt.prefix) + prompt.chunk_lengths[0])
     assert verdict.scores["influence"][first].max() < 1e-6  # the first chunk is as fresh as it gets
 

@@ -25,7 +25,7 @@ class Curves:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.add_scalar(f"{kind}/{name}".replace("@", "_"), value, step)
         shown = "  ".join(f"{name} {value:,.0f}" if value >= 1000 else f"{name} {value:.4g}"
                           for name, value in values.items() if "/" not in name)
         self._console.print(f"step {step:5} {kind:8} {shown}", highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
@@ -121,6 +121,7 @@ def _rounded(recalls: dict[str, float]) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     """absl's entry point."""
     del argv
+    logging.set_verbosity(logging.WARNING)  # orbax tells all that it does
     config = _CONFIG.value
     try:
         finetune(settings(config.to_dict()), config.until, " ".join(["python -m train.finetune", *sys.argv[1:]]))

@@ -11,8 +11,8 @@ from flax import struct
 from jaxtyping import Bool, Int
 
 from cacheclip_jax.errors import ContextTooLong
+from cacheclip_jax.groups import Groups
 from cacheclip_jax.prompt import Prompt
-from cacheclip_jax.select import group_ids
 
 GROUP = 8  # context tokens that are selected together: what methods do by default
 
@@ -55,10 +55,9 @@ def pack(prompt: Prompt, slots: int, rows: int, answer: int = 0) -> Packed:
     local[:end] = np.concatenate([np.arange(P), *(P + np.arange(n) for n in lengths)])
     row_ids, positions = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
     row_ids[:Q], positions[:Q] = prompt.question, end + np.arange(Q)
-    groups = group_ids(lengths, GROUP)
-    first = np.flatnonzero(np.diff(groups, prepend=-1))
+    groups = Groups(GROUP).sizes(lengths, prompt.chunks)
     starts, sizes = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-    starts[: len(first)], sizes[: len(first)] = P + first, np.diff(first, append=len(groups))
+    starts[: len(groups)], sizes[: len(groups)] = P + np.cumsum(groups) - groups, groups
     return Packed(ids, part, local, row_ids, positions, np.int32(Q), part > 0, starts, sizes)
 
 

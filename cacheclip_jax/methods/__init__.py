@@ -8,10 +8,12 @@ from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods.cacheclip import AuxGuided
 from cacheclip_jax.methods.full import Full
 from cacheclip_jax.methods.given import Given
-from cacheclip_jax.methods.method import Method, Plan, Request
+from cacheclip_jax.methods.method import Method
 from cacheclip_jax.methods.naive import Naive
 from cacheclip_jax.methods.prefix import Prefix
 from cacheclip_jax.methods.random import Random
+from cacheclip_jax.plan import Plan
+from cacheclip_jax.request import Request
 from cacheclip_jax.select import Budget
 
 METHODS: dict[str, Any] = {

@@ -3,23 +3,38 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cacheclip_jax.methods.method import Caches, Plan, Request
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.groups import Grouping, Groups
+from cacheclip_jax.plan import Caches, Plan
+from cacheclip_jax.ranking import Ranking, rank
+from cacheclip_jax.request import Request
 from cacheclip_jax.score import Scoring
-from cacheclip_jax.select import Budget, Groups, Windows, select_on_device
+from cacheclip_jax.select import Budget, select_on_device
 
 
 @dataclass(frozen=True)
 class AuxGuided:
-    """Recompute the groups of tokens that the aux model's attention ranks highest for the question."""
+    """Recompute the groups of tokens that the aux model's attention ranks highest for the question.
+
+    `heads_of_chunks` first tokens of every chunk are recomputed in any case, out of the same budget.
+    """
 
     budget: Budget = field(default_factory=lambda: Budget(ratio=0.2))
     scoring: Scoring = field(default_factory=Scoring)
-    grouping: Groups | Windows = field(default_factory=Groups)
+    grouping: Grouping = field(default_factory=Groups)
+    ranking: Ranking = field(default_factory=Ranking)
+    heads_of_chunks: int = 0
     name: ClassVar[str] = "cacheclip"
     caches: ClassVar[Caches] = "shared"
 
+    def __post_init__(self) -> None:
+        if self.heads_of_chunks < 0:
+            raise BadInput(f"heads_of_chunks={self.heads_of_chunks} is out of range: it must be 0 (none) or more")
+
     def plan(self, request: Request) -> Plan:
         """The best groups by aux score, until the budget is spent."""
-        scores = request.aux_scores(self.scoring)
-        chosen = select_on_device(scores, request.prompt.chunk_lengths, self.budget, self.grouping)
+        prompt, scores = request.prompt, request.aux_scores(self.scoring)
+        ranks = rank(scores, prompt.chunks, self.ranking)
+        chosen = select_on_device(ranks, prompt.chunk_lengths, self.budget, self.grouping, prompt.chunks,
+                                  self.heads_of_chunks)
         return Plan(chosen.mask, scores, chosen.at_most)

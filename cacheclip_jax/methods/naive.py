@@ -5,7 +5,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cacheclip_jax.methods.method import Plan, Request, check_prefix
+from cacheclip_jax.methods.method import check_prefix
+from cacheclip_jax.plan import Plan
+from cacheclip_jax.request import Request
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheclip_jax.methods.method import Caches, Plan, Request
+from cacheclip_jax.plan import Caches, Plan
+from cacheclip_jax.request import Request
 
 
 @dataclass(frozen=True)

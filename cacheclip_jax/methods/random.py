@@ -5,8 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from cacheclip_jax.methods.method import Caches, Plan, Request
-from cacheclip_jax.select import Budget, Groups, Windows, select
+from cacheclip_jax.groups import Grouping, Groups
+from cacheclip_jax.plan import Caches, Plan
+from cacheclip_jax.request import Request
+from cacheclip_jax.select import Budget, select
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Random:
     """Recompute groups drawn at random, as many as CacheClip would."""
 
     budget: Budget = field(default_factory=lambda: Budget(ratio=0.2))
-    grouping: Groups | Windows = field(default_factory=Groups)
+    grouping: Grouping = field(default_factory=Groups)
     seed: int = 0
     name: ClassVar[str] = "random"
     caches: ClassVar[Caches] = "shared"
@@ -22,4 +24,4 @@ class Random:
     def plan(self, request: Request) -> Plan:
         """Groups ranked by uniform noise."""
         noise = np.random.default_rng(self.seed).random(request.prompt.context_tokens, np.float32)
-        return Plan(select(noise, request.prompt.chunk_lengths, self.budget, self.grouping))
+        return Plan(select(noise, request.prompt.chunk_lengths, self.budget, self.grouping, request.prompt.chunks))

@@ -81,8 +81,8 @@ class Adapter:
     base_name: str
     card: dict[str, Any] = field(default_factory=dict)
 
-    def adapted(self, model: Model) -> tuple[Model, Model]:
-        """The models that encode chunks and that read questions.
+    def adapted(self, model: Model) -> Model:
+        """The model with the adapter's changes in the weights that they are for.
 
         Where chunks are encoded anew the fingerprint is another one, so that no cache of the base model is taken for
         one of theirs. Raises BadInput for another model than the adapter's.
@@ -94,9 +94,11 @@ class Adapter:
             raise BadModelFile(f"the adapter has {len(self.lora)} layers and {model.name} {model.config.num_layers}: "
                                "its card doesn't belong to it")
         self.scoring.weights(model.config)  # refuses head weights of another shape
-        reader = dataclasses.replace(model, params=add_lora(model.params, model.config, self.lora),
-                                     fingerprint=hashlib.sha256((self.base + self.digest()).encode()).hexdigest()[:16])
-        return (model if self.rows == "question" else reader), reader
+        params = add_lora(model.params, model.config, self.lora)
+        if self.rows == "question":
+            return dataclasses.replace(model, question_params=params)
+        fingerprint = hashlib.sha256((self.base + self.digest()).encode()).hexdigest()[:16]
+        return dataclasses.replace(model, params=params, fingerprint=fingerprint)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The low-rank factors by name, float32."""

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 import unicodedata
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import tokenizers
+from jaxtyping import Bool, Int
 
 # transformers is here for its tokenizers: that it finds no torch is no news to the user.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -27,6 +29,8 @@ from cacheclip_jax.model.gguf import write_json_files
 _SENTINEL = "\ue000passages\ue000"
 # What two tokenizers with the same vocabulary may still split differently.
 _PROBE = "It's 12345 ways\n\n  to  split: naïve, 漢字, I'LL\t{x+=1};  \r\n"
+_SENTENCE_END = re.compile(r"""(?<![.!?])[.!?]++["')\]\u201d\u2019\u00bb]*+\s+|[\u3002\uff01\uff1f]+|\n\s*""")
+_WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,26 @@ class Encoded:
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+    text: str
+
+    @functools.cached_property
+    def sentence_starts(self) -> Int[np.ndarray, "M"]:
+        """The first token of each sentence: the one that holds its first character."""
+        firsts = [m.end() for m in _SENTENCE_END.finditer(self.text) if m.end() < len(self.text)]
+        starts = np.array([start for start, _ in self.spans], np.int64)
+        # Of several tokens for one character it's the first one.
+        begins = starts[np.searchsorted(starts, firsts, side="right") - 1]
+        return np.unique(np.concatenate([[0], np.searchsorted(starts, begins)]))
+
+    @functools.cached_property
+    def formatting(self) -> Bool[np.ndarray, "C"]:
+        """Which tokens have neither a letter nor a digit: white space, line ends, punctuation, symbols."""
+        marks = np.zeros(len(self.text) + 1, np.int64)
+        for word in _WORD.finditer(self.text):
+            marks[word.start() : word.end()] = 1
+        before = np.concatenate([[0], np.cumsum(marks)])
+        start, end = np.array(self.spans, np.int64).reshape(-1, 2).T
+        return before[np.maximum(end, start + 1)] == before[start]
 
 
 def nfc(text: str) -> str:
@@ -106,7 +130,7 @@ class Tokenizer:
         `special`, for text of our own. Raises BadInput when the text isn't NFC (see `nfc`) or valid Unicode.
         """
         ids, spans = self._cached(text, special)
-        return Encoded(tuple(ids.tolist()), tuple(map(tuple, spans.tolist())))
+        return Encoded(tuple(ids.tolist()), tuple(map(tuple, spans.tolist())), text)
 
     # Cached as arrays: tuples of Python integers would take ten times the memory.
     def _encode(self, text: str, special: bool) -> tuple[np.ndarray, np.ndarray]:

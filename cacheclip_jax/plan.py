@@ -1,0 +1,101 @@
+"""What a method decides for one request, and what decoding needs to know of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from cacheclip_jax.errors import BadInput
+
+Behind = Literal["shared", "none"]
+Caches = Behind | None
+Scores = np.ndarray | jax.Array
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """How rows after the context attend to it where nothing is recomputed (APE, arXiv 2502.05431): the context's logits
+    are divided by `temperature` T, and its log-sum-exp counts `scale * T` times where it meets that of all other
+    slots. 1 and 1 are the plain softmax.
+    """
+
+    temperature: float = 0.9
+    scale: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "scale"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise BadInput(f"{name}={value} is out of range: it must be above 0 and finite")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which context tokens are recomputed (boolean, one per context token; on device more may follow, all False), and
+    the scores behind it, if any. `at_most` bounds how many, where the device knows the selection and the host not yet.
+
+    The others come from their chunk caches as they are, unless one of these says otherwise:
+      dense_layers: in the first n layers the K and V of every token are fresh. Beyond the recomputed rows that costs
+        n - 1 full layers of the whole prompt and the projections of another one, from whose attention on only these
+        rows go on.
+      drop: the others aren't in the cache at all; the kept ones stay at their positions in the whole prompt.
+      reshape: every chunk begins where the first one does, the question after the longest, and attends as `Reshape`
+        says; nothing is recomputed.
+    """
+
+    recompute: np.ndarray | jax.Array
+    scores: Scores | None = None
+    at_most: int | None = None
+    dense_layers: int = 0
+    drop: bool = False
+    reshape: Reshape | None = None
+
+    def __post_init__(self) -> None:
+        if (self.dense_layers > 0) + self.drop + (self.reshape is not None) > 1:
+            raise ValueError("a plan has one of dense_layers, drop and reshape")
+
+    @property
+    def plain(self) -> bool:
+        """Whether decoding is as after a full prefill: a slot is a position, attention a softmax over all slots."""
+        return not self.drop and self.reshape is None
+
+    def count(self) -> int:
+        """Tokens to recompute, or what bounds them; waits for the device only where nothing does."""
+        return int(np.asarray(self.recompute).sum()) if self.at_most is None else self.at_most
+
+    def fetched(self, context_tokens: int) -> Plan:
+        """The plan on the host, one entry per context token."""
+        scores = None if self.scores is None else np.asarray(self.scores)[:context_tokens]
+        return dataclasses.replace(self, recompute=np.asarray(self.recompute)[:context_tokens], scores=scores)
+
+
+@struct.dataclass
+class Tail:
+    """Where a cache ends, and how tokens behind it attend; all of it arrays, so that one program decodes every kind.
+
+    The next token's K and V go to `slot`, rotated to `position`; later tokens follow in both. The slots from
+    `context_start` to `context_end` are the context whose attention is reshaped (see `Reshape`).
+    """
+
+    slot: Int[Any, ""]
+    position: Int[Any, ""]
+    context_start: Int[Any, ""]
+    context_end: Int[Any, ""]
+    temperature: Float[Any, ""]
+    scale: Float[Any, ""]
+
+    @classmethod
+    def at(cls, slot: Any, position: Any, context: tuple[int, int] = (0, 0), reshape: Reshape = Reshape(1.0, 1.0)
+           ) -> Tail:
+        """A tail from `slot` on; without a reshaped context by default."""
+        return cls(slot, position, np.int32(context[0]), np.int32(context[1]), np.float32(reshape.temperature),
+                   np.float32(reshape.scale))
+
+    def positions(self, slots: Int[Array, "T"]) -> Int[Array, "T"]:
+        """The positions of tokens in slots behind the cache; padding (slot -1) stays -1."""
+        return jax.numpy.where(slots < 0, -1, slots + (self.position - self.slot))

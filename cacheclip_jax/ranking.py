@@ -1,0 +1,77 @@
+"""Scores -> what groups are ranked by: tokens left out, chunks weighed against each other, neighbours averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from cacheclip_jax.bucket import bucket
+from cacheclip_jax.errors import BadInput
+from cacheclip_jax.model.tokenizer import Encoded
+from cacheclip_jax.select import pad_to_bucket
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What happens to token scores before groups are ranked, in this order; nothing by default. The tokens are the
+    primary's, also where another tokenizer's were scored.
+
+    skip_first: so many first tokens of every chunk score 0, where attention sinks would be.
+    skip_formatting: tokens without a letter or a digit score 0. What is in a group with others is still recomputed
+      with them.
+    chunk_power: a score is multiplied by its chunk's total to this power: -1 gives every chunk the same total, -0.5
+      is half-way there, positive powers prefer the chunks that the question attends to.
+    smooth: each score becomes the mean of this odd number of tokens around it, fewer at a chunk's ends.
+    """
+
+    skip_first: int = 0
+    skip_formatting: bool = False
+    chunk_power: float = 0.0
+    smooth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.skip_first < 0:
+            raise BadInput(f"skip_first={self.skip_first} is out of range: it must be 0 (none) or more")
+        if self.smooth < 1 or self.smooth % 2 == 0:
+            raise BadInput(f"smooth={self.smooth} is out of range: an odd number of tokens, 1 for none but itself")
+        if not -4 <= self.chunk_power <= 4:
+            raise BadInput(f"chunk_power={self.chunk_power} is out of range: it must be between -4 and 4")
+
+
+def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ranking) -> np.ndarray | jax.Array:
+    """Scores of the chunks' tokens, chunks one after another, as `ranking` says; on device, followed by zeros to
+    their bucket. Doesn't wait for the scores."""
+    if ranking == Ranking():
+        return scores
+    lengths = [len(c.ids) for c in chunks]
+    padded = pad_to_bucket(scores, sum(lengths))
+    chunk, keep = np.full(len(padded), -1, np.int32), np.zeros(len(padded), bool)
+    chunk[: sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
+    keep[: sum(lengths)] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
+    if ranking.skip_formatting:
+        keep[: sum(lengths)] &= ~np.concatenate([c.formatting for c in chunks])
+    return rank_tokens(padded, chunk, keep, np.float32(ranking.chunk_power), bucket(len(chunks), 16), ranking.smooth)
+
+
+@partial(jax.jit, static_argnames=("chunks", "smooth"))
+def rank_tokens(scores: Float[Array, "C"], chunk: Int[Array, "C"], keep: Bool[Array, "C"], power: Float[Array, ""],
+                chunks: int, smooth: int) -> Float[Array, "C"]:
+    """Zero scores that aren't kept, multiply each by its chunk's total to a power, average over neighbours of the same
+    chunk; `chunk` is each token's, below `chunks`, and -1 for padding."""
+    scores = jnp.where(keep, scores, 0)
+    totals = jnp.where(chunk == jnp.arange(chunks)[:, None], scores, 0).sum(1)
+    scores *= jnp.where(totals > 0, totals, 1)[jnp.maximum(chunk, 0)] ** power
+    reach = smooth // 2
+    near, of = jnp.pad(scores, reach), jnp.pad(chunk, reach, constant_values=-1)
+    total, count = jnp.zeros_like(scores), jnp.zeros_like(scores)
+    for first in range(smooth):
+        same = of[first : first + len(scores)] == chunk
+        total += jnp.where(same, near[first : first + len(scores)], 0)
+        count += same
+    return total / count
