@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from cacheclip_jax import CacheClip
+from cacheclip_jax.cli import configured_method
 from cacheclip_jax.errors import BadInput, BadModelFile
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.adapter import Adapter, Factors, Lora, add_lora, load_adapter, save_adapter
 from cacheclip_jax.model.load import load_model
-from cacheclip_jax.score import Scoring
+from cacheclip_jax.score import SCORINGS, Scoring
 from tests.conftest import max_diff
 
 CHUNKS = ["the cat sat on the mat", "the end of the mat is at the end", "a cat is not a mat"]
@@ -113,6 +114,14 @@ def test_the_engine_selects_by_the_adapter(pair, aux, tmp_path, rows):
     again = tuned.prefill(QUESTION, CHUNKS)
     assert not again.fetched.encoded
     assert np.array_equal(again.plan.scores, after)
+
+
+def test_the_command_line_scores_as_the_adapter_unless_told_otherwise(aux, tmp_path):
+    adapter = load_adapter(directory := save_adapter(random_adapter(aux), tmp_path / "adapter"))
+    nothing = (None, None, None)
+    assert configured_method("cacheclip", *nothing, None, directory).scoring == adapter.scoring
+    assert configured_method("cacheclip", *nothing, "paper", directory).scoring == SCORINGS["paper"]
+    assert configured_method("cacheclip", *nothing, None).scoring == SCORINGS["late"]
 
 
 def test_an_adapter_without_an_aux_model_is_refused(pair, aux, tmp_path):

@@ -14,6 +14,7 @@ from cacheclip_jax.model.adapter import load_adapter
 from cacheclip_jax.model.load import load_model, load_tokenizer
 from cacheclip_jax.prompt import PromptFormat
 from cacheclip_jax.store import ChunkStore
+from configs.train.corpus import get_config as corpus_config
 from configs.train.qwen_coder import get_config
 from train import training
 from train.curves import read_curves
@@ -164,6 +165,11 @@ def test_verdicts_resume_after_whole_shards_and_belong_to_one_teacher(config):
     with pytest.raises(BadInput, match="another teacher .*answer_tokens 2 instead of 3"):
         finetune(settings(config | {"teaching": {"answer_tokens": 3, "points": 1}}), until="verdicts")
     finetune(run, until="verdicts")
+
+
+def test_shipped_configs_are_valid(config):
+    for made in (get_config(), corpus_config()):
+        assert settings(made.to_dict()).design.rows == "question"
 
 
 def test_settings_are_refused_by_name(config):

@@ -14,6 +14,8 @@ from cacheclip_jax.score import Scoring, score
 from tests.conftest import TINY, assembled, full_prefill, max_diff, random_prompt
 from train.forward import encode_context, score_batch, stack_layers
 from train.packed import pack, stack
+from train.student import Design, all_head_weights, new_student
+from train.student import score as student_score
 
 SLOTS, ROWS = 128, 16
 
@@ -57,6 +59,20 @@ def test_scores_of_training_are_those_of_inference_whatever_is_in_the_batch(fami
 
     for scores, prompt in zip(trained(packed), prompts, strict=True):
         assert max_diff(scores, online(params, cfg, prompt, scoring)) < 1e-6
+
+
+@pytest.mark.parametrize("layers", ["late", (1,)])
+def test_a_new_student_scores_as_the_untouched_model(qwen2, layers):
+    cfg, params = qwen2
+    design, prompt = Design(layers=layers), prompt_of(cfg)
+    student, packed = new_student(jax.random.key(0), cfg, design), stack([pack(prompt, SLOTS, ROWS)])
+    scores = student_score(student, stack_layers(params), cfg, design, packed, "xla")[0]
+    assert max_diff(scores, online(params, cfg, prompt, Scoring(layers=layers))) < 1e-6
+
+
+def test_a_new_student_of_all_layers_begins_near_the_late_ones(qwen2):
+    heads = all_head_weights(new_student(jax.random.key(0), qwen2[0], Design(layers="all")), qwen2[0], Design("all"))
+    assert heads.sum() == pytest.approx(1) and heads[1].min() == pytest.approx(20 * heads[2].max())
 
 
 @pytest.mark.parametrize("context", ["cached", "joint"])

@@ -69,7 +69,7 @@ def finetune(run: Settings, until: str = "adapter", command: str = "") -> Path:
     parts = {part: [each for each in learnt if each.part == part] for part in ("train", "holdout")}
     model = load_model(run.aux, dtype=run.dtype)
     trained = train(run, model, parts["train"], parts["holdout"], mesh, console)
-    row = summary(run, trained, {name: len(lot) for name, lot in parts.items()}, command)
+    row = summary(run, trained, {name: len(lot) for name, lot in parts.items()}, mesh.size, command)
     ceiling = recalls([(each, each.target) for each in parts["holdout"]], run.stopping.budgets)
     row |= {"recall_ceiling": _rounded(ceiling), "verdicts": judged, "verdict_seconds": round(taught, 1),
             "seconds": round(time.perf_counter() - began, 1)}
@@ -85,17 +85,17 @@ def finetune(run: Settings, until: str = "adapter", command: str = "") -> Path:
     return target
 
 
-def summary(run: Settings, trained: Trained, examples: dict[str, int], command: str) -> dict[str, Any]:
+def summary(run: Settings, trained: Trained, examples: dict[str, int], devices: int, command: str) -> dict[str, Any]:
     """A finished run as one row of results: what, on what, at what pace, and held-out recall before and after."""
     done = trained.progress
-    seconds = done.seconds or None
-    pace = {"tokens_per_s": seconds and round(done.tokens / seconds),
-            "mfu": seconds and run.peak_flops and round(done.flops / seconds / run.peak_flops, 4)}
-    return {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(), "command": command,
-            "primary": run.primary, "aux": run.aux, "dtype": run.dtype, "target": run.target, "examples": examples,
-            "lengths": run.sizes.lengths, "batch": run.batch, "steps": done.step, "best_step": done.best_step, **pace,
-            "train_seconds": round(done.wall, 1), "recall_before": _rounded(trained.before),
-            "recall_after": _rounded(trained.after)}
+    seconds, peak = done.seconds, run.peak_flops * devices
+    pace = {"tokens_per_s": round(done.tokens / seconds) if seconds else None,
+            "mfu": round(done.flops / seconds / peak, 4) if seconds and peak else None}
+    return {"device": device(), "devices": devices, "date": datetime.date.today().isoformat(), "commit": commit(),
+            "command": command, "primary": run.primary, "aux": run.aux, "dtype": run.dtype, "target": run.target,
+            "examples": examples, "lengths": run.sizes.lengths, "batch": run.batch, "steps": done.step,
+            "best_step": done.best_step, **pace, "train_seconds": round(done.wall, 1),
+            "recall_before": _rounded(trained.before), "recall_after": _rounded(trained.after)}
 
 
 def _examples(run: Settings) -> list[Example]:

@@ -68,7 +68,7 @@ def settings(config: Mapping[str, Any]) -> Settings:
         raise BadInput(f"target={config['target']!r}: choose one of {', '.join(TARGETS)}")
     if config["log_every"] < 1 or config["checkpoint_every"] < 1:
         raise BadInput(f"log_every={config['log_every']}, checkpoint_every={config['checkpoint_every']}: 1 or more")
-    lengths = tuple(sorted(config["lengths"]))
+    lengths = tuple(sorted(set(config["lengths"])))
     corpus = dict(config["corpus"])
     form = PromptFormat(**corpus.pop("format", {}))
     teaching = _made(Teaching, config["teaching"])

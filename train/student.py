@@ -68,13 +68,17 @@ class Student:
 
 
 def new_student(key: jax.Array, cfg: ModelConfig, design: Design) -> Student:
-    """A student that scores as the untouched model: equal head weights, and b = 0 in every low-rank change."""
+    """A student that begins where the untouched model is best: b = 0 in every low-rank change, and equal head weights
+    for the layers of the preset "late"; other layers that are scored begin with a twentieth of their weight."""
     out = {"q": cfg.num_heads * cfg.head_dim, "k": cfg.num_kv_heads * cfg.head_dim}
     L, r, D = cfg.num_layers, design.rank, cfg.d_model
     factors = {part: Factors(jax.random.normal(jax.random.fold_in(key, n), (L, r, D)) * D**-0.5,
                              jnp.zeros((L, out[part], r)))
                for n, part in enumerate(design.parts)}
-    return Student(Lora(**factors), jnp.zeros((len(design.scoring().layer_indices(L)), cfg.num_heads)))
+    scored, late = design.scoring().layer_indices(L), Scoring(layers="late").layer_indices(L)
+    heads = np.log([1.0 if index in late or not set(scored) & set(late) else 0.05 for index in scored])
+    heads = np.repeat(heads[:, None], cfg.num_heads, 1).astype(np.float32)
+    return Student(Lora(**factors), jnp.asarray(heads))
 
 
 def scaled(student: Student, cfg: ModelConfig, design: Design) -> Lora | None:

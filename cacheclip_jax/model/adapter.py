@@ -136,6 +136,7 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> Path:
     card = {"format": FORMAT, "base": adapter.base, "base_name": adapter.base_name, "rows": adapter.rows,
             "num_layers": len(adapter.lora), "scoring": scoring, "digest": adapter.digest(), "card": adapter.card}
     safetensors.numpy.save_file(tensors, directory / "adapter.safetensors")
+    (directory / "adapter.safetensors").chmod(0o644)  # the library makes it readable to its owner alone
     (directory / "adapter.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return directory
 

@@ -6,7 +6,11 @@ DATA holds the files that `train/benchmark.py` names. Tasks are held out whole: 
 that were never trained on. `--config.until=examples` needs no accelerator.
 """
 
+from dataclasses import asdict
+
 from ml_collections import ConfigDict
+
+from cacheclip_jax.prompt import PromptFormat
 
 
 def get_config() -> ConfigDict:
@@ -25,7 +29,8 @@ def get_config() -> ConfigDict:
             "holdout": ("niah_single_2", "niah_multikey_2", "niah_multiquery", "fwe", "qa_1", "hotpotqa"),
             "per_task": 80, "holdout_per_task": 12, "chunk_tokens": 512,
         },
-        "corpus": {"sources": (), "questions": "", "chunk_tokens": 256, "per_passage": 2, "format": {}},
+        "corpus": {"sources": (), "questions": "", "chunk_tokens": 256, "per_passage": 2,
+                   "format": asdict(PromptFormat())},
         "teaching": {"layers": "all", "answer_tokens": 8, "points": 3},
         "design": {"layers": "all", "context": "cached", "lora_layers": "all", "parts": ("q",), "rank": 16,
                    "alpha": 32.0, "rows": "question"},
