@@ -20,7 +20,7 @@ from train.dataset import Asked, mapped
 from train.example import Example, read_examples, write_examples
 from train.losses import Loss
 from train.packed import pack
-from train.recall import recall, top_tokens
+from train.recall import overlap, recall, top_tokens
 
 TEXT = ("port: Varnholm\nThe lighthouse of Varnholm was built in 1871 by the brothers who owned the quarry nearby.\n"
         "| keeper | Ines |\nkeeper = Ines Dahl\nIts lamp was changed twice before the harbour council sold it.\n")
@@ -114,6 +114,14 @@ def test_recall_counts_the_teachers_best_tokens_in_what_select_takes():
     assert recall(scores, target, (20,), 0.1) == 0.5  # the group of tokens 8 to 15
     assert recall(target, target, (20,), 0.5) == 1.0
     assert recall(scores, np.zeros(20, np.float32), (20,), 0.1) == 1.0
+
+
+def test_overlap_compares_two_selections_of_one_size():
+    target, scores = np.arange(32, dtype=np.float32), np.arange(32, dtype=np.float32)
+    scores[:8] = 99
+    assert overlap(target, target, (32,), 0.5) == 1.0
+    assert overlap(scores, target, (32,), 0.5) == 0.5  # groups 0 and 3 instead of 2 and 3
+    assert overlap(scores, target, (32,), 0.25) == 0.0
 
 
 def test_scores_of_another_tokenizer_are_mapped_chunk_by_chunk(pair):

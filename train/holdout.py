@@ -15,7 +15,7 @@ from cacheclip_jax.model.config import ModelConfig
 from train.dataset import Lesson, batch_of
 from train.devices import spread
 from train.forward import Kernel, Stacked
-from train.recall import recall
+from train.recall import overlap, recall
 from train.student import Design, Student, score
 
 _score = jax.jit(score, static_argnames=("cfg", "design", "how"))
@@ -24,7 +24,7 @@ _score = jax.jit(score, static_argnames=("cfg", "design", "how"))
 def holdout_recall(student: Student, weights: Stacked, cfg: ModelConfig, design: Design, held: Sequence[Lesson], *,
                    budgets: Sequence[float], rows: int, batch: int, mesh: Mesh, how: Kernel) -> dict[str, float]:
     """Recall of the teacher's top tokens by budget ("recall@0.2", the mean over tasks), by budget and task
-    ("recall@0.2/vt"), and "recall", the mean over budgets."""
+    ("recall@0.2/vt"), and "recall", the mean over budgets; the same of "overlap"."""
     found: list[tuple[Lesson, np.ndarray]] = []
     run = partial(_score, student, weights, cfg, design, how=how)
     ordered = sorted(held, key=lambda each: each.slots)
@@ -39,14 +39,18 @@ def holdout_recall(student: Student, weights: Stacked, cfg: ModelConfig, design:
 
 
 def recalls(scored: Sequence[tuple[Lesson, np.ndarray]], budgets: Sequence[float]) -> dict[str, float]:
-    """The recalls of lessons with the scores of their context tokens, named as in `holdout_recall`. With the teacher's
-    own scores this is the ceiling: what selecting whole groups costs."""
-    found: dict[tuple[float, str], list[float]] = {}
+    """The recalls of lessons with the scores of their context tokens, named as in `holdout_recall`, and by the same
+    names the overlap with what the teacher's scores select. With the teacher's own scores recall is at its ceiling,
+    which says what selecting whole groups costs, and overlap is 1."""
+    found: dict[tuple[str, str], list[float]] = {}
     for each, scores in scored:
         for budget in budgets:
-            value = recall(scores, each.target, each.prompt.chunk_lengths, budget)
-            found.setdefault((budget, each.task), []).append(value)
-    by_task = {f"recall@{budget:g}/{task}": mean(values) for (budget, task), values in sorted(found.items())}
-    by_budget = {f"recall@{budget:g}": mean(v for n, v in by_task.items() if n.startswith(f"recall@{budget:g}/"))
-                 for budget in budgets}
-    return {"recall": mean(by_budget.values()), **by_budget, **by_task}
+            for name, measure in (("recall", recall), ("overlap", overlap)):
+                value = measure(scores, each.target, each.prompt.chunk_lengths, budget)
+                found.setdefault((f"{name}@{budget:g}", each.task), []).append(value)
+    by_task = {f"{name}/{task}": mean(values) for (name, task), values in sorted(found.items())}
+    by_budget = {name: mean(value for full, value in by_task.items() if full.startswith(f"{name}/"))
+                 for name in dict.fromkeys(name for name, _ in found)}
+    overall = {kind: mean(value for name, value in by_budget.items() if name.startswith(kind))
+               for kind in ("recall", "overlap")}
+    return {**overall, **by_budget, **by_task}

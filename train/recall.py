@@ -18,6 +18,13 @@ def top_tokens(target: Float[np.ndarray, "C"], ratio: float) -> Bool[np.ndarray,
     return out
 
 
+def overlap(scores: Float[np.ndarray, "C"], target: Float[np.ndarray, "C"], chunk_lengths: Sequence[int], ratio: float
+            ) -> float:
+    """The share of what `select` takes by the target's scores that it also takes by `scores`."""
+    wanted = select(target, chunk_lengths, Budget(ratio=ratio))
+    return float(select(scores, chunk_lengths, Budget(ratio=ratio))[wanted].mean()) if wanted.any() else 1.0
+
+
 def recall(scores: Float[np.ndarray, "C"], target: Float[np.ndarray, "C"], chunk_lengths: Sequence[int], ratio: float
            ) -> float:
     """The share of the target's top tokens that `select` takes by `scores` within the same budget."""
