@@ -27,6 +27,7 @@ from cacheclip_jax.cli_options import (
     AUX,
     PRIMARY,
     STORE,
+    AdapterOption,
     AuxOption,
     DtypeOption,
     JsonOption,
@@ -136,12 +137,13 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
           overlap: Annotated[int, typer.Option(help="Tokens that a passage shares with the one before it.")] = 0,
           replace: Annotated[bool, typer.Option("--replace", help="Passages take the place of what was indexed before "
                                                 "under the same document name, for readers in one step.")] = False,
-          kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
+          kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", aux_adapter: AdapterOption = None,
+          as_json: JsonOption = False) -> None:
     """Split documents into passages and store their caches. Run again after an interruption: it resumes."""
     from cacheclip_jax.documents import read_documents
     documents = list(read_documents(sources))
     _refuse_empty(documents, sources)
-    clip = load(primary, aux, store, dtype, kv)
+    clip = load(primary, aux, store, dtype, kv, aux_adapter)
     report = index_with_progress(clip, documents, chunk_tokens, overlap, replace)
     clip.store.flush()
     if as_json:
@@ -184,7 +186,9 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         ratio: Annotated[float | None, typer.Option(help="Share of the context to recompute [default: 0.2].")] = None,
         tokens: Annotated[int | None, typer.Option(help="Instead of a ratio: how many tokens to recompute.")] = None,
         mass: Annotated[float | None, typer.Option(help="Instead of a ratio: share of the scores to cover.")] = None,
-        scoring: Annotated[str, typer.Option(help="late, paper, late-joint or paper-joint.")] = "late",
+        scoring: Annotated[str | None, typer.Option(help="late, paper, late-joint or paper-joint [default: the "
+                                                    "adapter's, without one late].")] = None,
+        aux_adapter: AdapterOption = None,
         max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
         temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
         stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
@@ -198,10 +202,11 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
     from cacheclip_jax.methods import NEED_AUX
     if not question.strip():
         raise BadInput('the question is empty: ask something, for example cacheclip ask "Who keeps the light?"')
-    chosen = configured_method(method, ratio, tokens, mass, scoring)
+    chosen = configured_method(method, ratio, tokens, mass, scoring, aux_adapter)
     sampling = Sampling(temperature, top_k, top_p, seed)
     open_store(store)  # an answer needs a store that is there: loading would make one
-    clip = load(primary, aux if method in NEED_AUX else "none", store, dtype, kv)
+    clip = load(primary, aux if method in NEED_AUX else "none", store, dtype, kv,
+                aux_adapter if method == "cacheclip" else None)
     # Found once, so that both methods of a comparison read the same passages.
     chunks = [clip.store.passage(c) for c in chunk] if chunk else clip.retrieve(question, passages)
     options: dict[str, Any] = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [])
@@ -234,16 +239,19 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
                   f"{main_result.misses} made[/]", highlight=False)
 
 
-def configured_method(name: str, ratio: float | None, tokens: int | None, mass: float | None, scoring: str):
+def configured_method(name: str, ratio: float | None, tokens: int | None, mass: float | None, scoring: str | None,
+                      aux_adapter: Path | None = None):
     """A method as the command line's options describe it."""
     from cacheclip_jax.methods import METHODS, AuxGuided, make, takes_budget
+    from cacheclip_jax.model.adapter import load_adapter
     from cacheclip_jax.score import SCORINGS
     from cacheclip_jax.select import Budget
-    if scoring not in SCORINGS:
+    if scoring is not None and scoring not in SCORINGS:
         raise BadInput(f"scoring {scoring!r} is unknown: choose one of {', '.join(SCORINGS)}")
     budget = None if ratio is tokens is mass is None else Budget(ratio, tokens, mass)
     if name == "cacheclip":
-        return AuxGuided(budget or Budget(ratio=0.2), SCORINGS[scoring])
+        how = SCORINGS[scoring or "late"] if scoring or aux_adapter is None else load_adapter(aux_adapter).scoring
+        return AuxGuided(budget or Budget(ratio=0.2), how)
     if budget is not None and name in METHODS and not takes_budget(name):
         err.print(f"[yellow]warning:[/] the method {name} recomputes a fixed share: the ratio or budget isn't used")
         budget = None
@@ -311,7 +319,7 @@ def demo(store: Annotated[str, typer.Option(help="Where the demo keeps its chunk
 
 # -------------------------------------------------------------------- shared
 
-def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact"):
+def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact", aux_adapter: Path | None = None):
     """A CacheClip for a command's options; known models are pulled when they aren't there yet."""
     from cacheclip_jax.engine import CacheClip
     from cacheclip_jax.model.pull import MODELS
@@ -321,7 +329,7 @@ def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact"):
         if name in MODELS:
             pull_with_progress(name)
     with err.status("loading models") if err.is_terminal else nullcontext():
-        return CacheClip.load(primary, aux_name, opened, dtype=dtype)
+        return CacheClip.load(primary, aux_name, opened, dtype=dtype, aux_adapter=aux_adapter)
 
 
 def _refuse_empty(documents, sources: list[str]) -> None:

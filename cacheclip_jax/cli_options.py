@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,8 @@ PrimaryOption = Annotated[str, typer.Option("--primary", envvar="CACHECLIP_PRIMA
                                             "The model that answers: a known name, a directory, a hub id or a .gguf.")]
 AuxOption = Annotated[str, typer.Option("--aux", envvar="CACHECLIP_AUX", metavar="MODEL",
                                         help="The small model that scores tokens; 'none' to do without.")]
+AdapterOption = Annotated[Path | None, typer.Option("--aux-adapter", envvar="CACHECLIP_AUX_ADAPTER", metavar="FOLDER",
+                                                    help="A finetuned aux's adapter; give the same when indexing.")]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CACHECLIP_STORE", metavar="URL",
                                           help="Where chunk caches live: a path, or an s3:// or gs:// URL.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of weights and caches: bfloat16, float32 or float16.")]

@@ -25,6 +25,7 @@ from cacheclip_jax.documents import Document
 from cacheclip_jax.errors import BadInput, ContextTooLong
 from cacheclip_jax.index import IndexReport, index_documents
 from cacheclip_jax.methods import Method, make, takes_budget
+from cacheclip_jax.model.adapter import Adapter, load_adapter
 from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.tokenizer import nfc
 from cacheclip_jax.online import execute, padded
@@ -33,6 +34,7 @@ from cacheclip_jax.prompt import Prompt, PromptFormat
 from cacheclip_jax.recompute import continuation_logits, recompute
 from cacheclip_jax.request import Request
 from cacheclip_jax.retrieve import Retriever
+from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import Budget
 from cacheclip_jax.store import ChunkStore, Passage, is_chunk_id
 from cacheclip_jax.store_side import StoreSide
@@ -79,9 +81,14 @@ class CacheClip:
 
     def __init__(self, primary: Model, aux: Model | None, store: ChunkStore, *,
                  prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008 (frozen)
-                 host_bytes: int = HOST_BYTES, device_bytes: int = 0):
+                 host_bytes: int = HOST_BYTES, device_bytes: int = 0, aux_adapter: Adapter | None = None):
         self.store = store
         self.primary = ChunkCaches(primary, store, prompt_format)
+        self.scoring = Scoring() if aux_adapter is None else aux_adapter.scoring  # of methods given by name
+        if aux_adapter is not None:
+            if aux is None:
+                raise BadInput(f"the adapter of {aux_adapter.base_name} needs that aux model: load it with aux=...")
+            aux = aux_adapter.adapted(aux)
         self.aux = ChunkCaches(aux, store, prompt_format) if aux is not None else None
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="cacheclip")
         host: Tier | None = Tier(host_bytes) if host_bytes else None
@@ -101,7 +108,7 @@ class CacheClip:
              store: str | Path | ChunkStore = "cacheclip-store", *, dtype: str = "bfloat16",
              aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
              prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008
-             host_bytes: int = HOST_BYTES, device_bytes: int = 0) -> CacheClip:
+             host_bytes: int = HOST_BYTES, device_bytes: int = 0, aux_adapter: str | Path | None = None) -> CacheClip:
         """Load both models and open (or make) a store.
 
         Args:
@@ -114,6 +121,7 @@ class CacheClip:
           host_bytes: how many bytes of chunk caches stay in host memory, for both models; 0 reads every one from the
             store.
           device_bytes: how many bytes of chunk caches stay on the device, for both models; none by default.
+          aux_adapter: a directory that finetuning wrote (docs/finetune.md): changes of the aux model and how it scores.
 
         Raises UnsupportedModel, BadModelFile or StoreError, each saying what to do.
         """
@@ -129,7 +137,7 @@ class CacheClip:
             same = str(aux) == str(primary) and small_mesh is mesh
             small = big if same else load_model(aux, dtype=dtype, mesh=small_mesh)
         return cls(big, small, opened, prompt_format=prompt_format, max_context=max_context, host_bytes=host_bytes,
-                   device_bytes=device_bytes)
+                   device_bytes=device_bytes, aux_adapter=None if aux_adapter is None else load_adapter(aux_adapter))
 
     # ---------------------------------------------------------------- index
 
@@ -258,7 +266,8 @@ class CacheClip:
         if ratio is not None:
             budget = Budget(ratio=ratio)
         if isinstance(method, str):
-            return make(method, budget if takes_budget(method) else None)
+            return make(method, budget if takes_budget(method) else None,
+                        **{"scoring": self.scoring} if method == "cacheclip" else {})
         if budget is not None:
             raise BadInput(f"the method {method.name} is configured already: set its budget there, not beside it")
         return method

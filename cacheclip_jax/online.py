@@ -162,7 +162,7 @@ def question_scores(side: Side, scoring: Scoring, feed: LayerFeed | None) -> jax
     """Attention of the question to every slot of a model's cache [S]: over chunk caches that are still arriving, or
     without a `feed` over the model's own prefill of the whole prompt."""
     prompt, model, cfg = side.prompt, side.model, side.model.config
-    how, start, end = model.attention.name, prompt.question_start, len(prompt.ids)
+    params, how, start, end = model.asking, model.attention.name, prompt.question_start, len(prompt.ids)
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
                              f"{model.name}: the limit is {cfg.max_positions}. Draft fewer, or take shorter chunks.")
@@ -177,18 +177,18 @@ def question_scores(side: Side, scoring: Scoring, feed: LayerFeed | None) -> jax
     if feed is None:
         _, cache = prefill(side, start)
         if not further:
-            return score(model.params, cfg, key, ids, positions, known, cache, how, weights)
-        x, scores, cache = embed_and_score(model.params, cfg, key, ids, positions, known, cache, how, weights)
+            return score(params, cfg, key, ids, positions, known, cache, how, weights)
+        x, scores, cache = embed_and_score(params, cfg, key, ids, positions, known, cache, how, weights)
         return refine(side, scoring, (ids, positions, known), x, scores, cache)
     ids, positions, known, total = jax.device_put((ids, positions, known, np.zeros(side.slots, np.float32)),
                                                   side.sharding)
-    x, kept = embed_rows(model.params, ids), []
+    x, kept = embed_rows(params, ids), []
     for number, block in enumerate(feed.blocks):
         block = range(block.start, min(block.stop, scoring.depth(cfg.num_layers)))
         if not block:
             break
         layers, scored = slice(block.start, block.stop), tuple(layer in wanted for layer in block)
-        given = (x, model.params.layers[layers], cfg, key, scored, positions, known, feed.take(number), feed.where,
+        given = (x, params.layers[layers], cfg, key, scored, positions, known, feed.take(number), feed.where,
                  total, how)
         if scoring.context == "alone":
             x, total = alone_span(*given)

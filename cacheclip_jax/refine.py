@@ -37,11 +37,11 @@ def refine(side: Side, scoring: Scoring, question: tuple[Any, Any, Any], x: Floa
     key, weights, how = scoring.key, scoring.weights(cfg), model.attention.name
     if scoring.second_pass:
         cache = repair_best(side, scores, scoring.second_pass, cache)
-        x, scores, cache = embed_and_score(model.params, cfg, key, *question, cache, how, weights)
+        x, scores, cache = embed_and_score(model.asking, cfg, key, *question, cache, how, weights)
     if scoring.look_ahead:
         if end + scoring.look_ahead > slots:
             cache = widen(cache, bucket(end + scoring.look_ahead, 256))
-        ahead = look_ahead(model.params, cfg, key, x, question[2], np.int32(end), cache, np.int32(scoring.look_ahead),
+        ahead = look_ahead(model.asking, cfg, key, x, question[2], np.int32(end), cache, np.int32(scoring.look_ahead),
                            padded_stop_ids(model), scoring.drafts, how, weights)
         scores = scores + ahead[:slots]
     return scores

@@ -46,7 +46,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class Model:
     """A loaded decoder.
 
-    `fingerprint` names its weights: equal for the same checkpoint on every machine and in every dtype.
+    `fingerprint` names its weights: equal for the same checkpoint on every machine and in every dtype. An adapter may
+    bring `question_params`: weights of their own for the rows that score the context.
     """
 
     name: str
@@ -54,6 +55,12 @@ class Model:
     params: Params
     tokenizer: Tokenizer
     fingerprint: str
+    question_params: Params | None = None
+
+    @property
+    def asking(self) -> Params:
+        """The weights that read a question to score the context."""
+        return self.params if self.question_params is None else self.question_params
 
     @cached_property
     def attention(self) -> Choice:
