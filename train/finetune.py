@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from cacheclip_jax.engine import enable_compilation_cache
-from cacheclip_jax.errors import BadInput, CacheClipError
+from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.adapter import save_adapter
 from cacheclip_jax.model.load import load_model, load_tokenizer
 from cacheclip_jax.model.pull import MODELS, pull
@@ -120,10 +120,7 @@ def _rounded(recalls: dict[str, float]) -> dict[str, float]:
 def main(config: ConfigDict) -> None:
     """The script."""
     logging.set_verbosity(logging.WARNING)  # orbax tells all that it does
-    try:
-        finetune(settings(config.to_dict()), config.until, " ".join(["python -m train.finetune", *sys.argv[1:]]))
-    except CacheClipError as e:
-        sys.exit(f"error: {e}")
+    finetune(settings(config.to_dict()), config.until, " ".join(["python -m train.finetune", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
