@@ -18,6 +18,7 @@ from cacheclip_jax.model.config import Llama3Scaling, ModelConfig, Rope
 from cacheclip_jax.model.params import init
 from cacheclip_jax.model.pull import pull
 from cacheclip_jax.recompute import recompute
+from cacheclip_jax.store import ChunkStore
 from tests.checkpoints import write_pair
 
 _BASE = dict(num_layers=3, d_model=32, d_mlp=64, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96,
@@ -84,6 +85,12 @@ def full_prefill(params, cfg: ModelConfig, ids, slots: int = 128):
 def max_diff(a, b) -> float:
     """Largest absolute difference, in float32."""
     return float(jnp.abs(jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32)).max())
+
+
+@pytest.fixture
+def store(tmp_path) -> ChunkStore:
+    """An empty store on a disk."""
+    return ChunkStore.open(tmp_path / "store")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from cacheclip_jax.model.load import load_model
 from cacheclip_jax.pages import HostPages, PageLayout
 from cacheclip_jax.tier import Tier
 from tests.conftest import TINY, max_diff, stacked
-from tests.test_engine import QUESTION, TEXTS
+from tests.engine import QUESTION, TEXTS
 
 
 @pytest.fixture(scope="module")
