@@ -53,7 +53,7 @@ class ResidentSide:
                                      tokenizer=SimpleNamespace(identity="tiny", eos_ids=stop_ids))
         prefix, *chunks, question = random_prompt(cfg, lengths, seed)
         spans = [tuple((i, i + 1) for i in range(len(c))) for c in chunks]
-        self.prompt = Prompt(tuple(map(int, prefix)), tuple(Encoded(tuple(map(int, c)), s) for c, s in
+        self.prompt = Prompt(tuple(map(int, prefix)), tuple(Encoded(tuple(map(int, c)), s, "x" * len(c)) for c, s in
                                                             zip(chunks, spans, strict=True)), tuple(map(int, question)))
         self.slots, self.sharding = SLOTS, params.embed.sharding
         self.watched: list[str] = []
