@@ -49,7 +49,8 @@ class ResidentSide:
 
     def __init__(self, model: tuple[Any, Any], lengths=(5, 24, 17, 30, 9), stop_ids=(), seed: int = 0):
         cfg, params = model
-        self.model = SimpleNamespace(params=params, config=cfg, attention=SimpleNamespace(name="blocked"), name="tiny",
+        self.model = SimpleNamespace(params=params, asking=params, config=cfg, name="tiny",
+                                     attention=SimpleNamespace(name="blocked"),
                                      tokenizer=SimpleNamespace(identity="tiny", eos_ids=stop_ids))
         prefix, *chunks, question = random_prompt(cfg, lengths, seed)
         spans = [tuple((i, i + 1) for i in range(len(c))) for c in chunks]
