@@ -10,10 +10,10 @@ import pytest
 from cacheclip_jax import CacheClip
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.store import Passage
-from configs.quality import defaults
+from configs.quality import ablations, defaults, presets, qa, ruler, smoke
 from eval.lab import format_of
 from eval.ledger import Ledger, key_of
-from eval.quality import run, target
+from eval.quality import columns_of, run, target
 from eval.report import write
 from eval.rows import read_rows
 from eval.samples import jobs, made, prepared, shard
@@ -156,6 +156,11 @@ def test_what_a_config_can_not_ask_is_refused_before_any_work(config, tmp_path, 
     with pytest.raises(BadInput, match=named):
         run(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("made_by", [ablations, presets, qa, ruler, smoke], ids=lambda m: m.__name__)
+def test_the_columns_of_every_config_can_be_told_apart(made_by):
+    assert len(columns_of(made_by.get_config())) > 10
 
 
 def test_processes_make_the_same_samples(config):
