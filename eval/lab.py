@@ -56,13 +56,15 @@ def frame_tokens(tokenizer: Tokenizer) -> int:
 
 @dataclass(frozen=True)
 class Lab:
-    """A primary and, for methods that need one, an aux model; both on the device."""
+    """A primary and, for methods that need one, an aux model, beside it perhaps as finetuning changed it; all on the
+    device."""
 
     primary: Model
     aux: Model | None
+    adapted: Model | None = None
 
-    def sides(self, sample: Sample, slots: int, room: int) -> tuple[ResidentSide, ResidentSide | None]:
-        """What the two models bring to requests about a sample. Caches of the primary have `slots`, at least `room` of
+    def sides(self, sample: Sample, slots: int, room: int) -> Sides:
+        """What the models bring to requests about a sample. Caches of the primary have `slots`, at least `room` of
         them for the answer.
 
         Raises ContextTooLong when the prompt and that room don't fit.
@@ -70,23 +72,34 @@ class Lab:
         primary = ResidentSide(self.primary, prompt_of(sample, self.primary.tokenizer), slots)
         _check(primary, sample, room)
         if self.aux is None:
-            return primary, None
+            return Sides(primary)
         prompt = prompt_of(sample, self.aux.tokenizer)
-        aux = ResidentSide(self.aux, prompt, slots if len(prompt.ids) <= slots else bucket(len(prompt.ids), 1024))
+        slots = slots if len(prompt.ids) <= slots else bucket(len(prompt.ids), 1024)
+        aux = ResidentSide(self.aux, prompt, slots)
         _check(aux, sample, 0)
-        return primary, aux
+        return Sides(primary, aux, None if self.adapted is None else ResidentSide(self.adapted, prompt, slots))
 
 
-def request(sides: tuple[ResidentSide, ResidentSide | None]) -> Request:
-    """A request over a sample's caches; its signals are computed once, for all methods that are given it."""
-    primary, aux = sides
+@dataclass(frozen=True)
+class Sides:
+    """The models' parts in a sample, as far as there are such models."""
+
+    primary: ResidentSide
+    aux: ResidentSide | None = None
+    adapted: ResidentSide | None = None
+
+
+def request(sides: Sides, adapted: bool = False) -> Request:
+    """A request over a sample's caches, with the aux model or with the `adapted` one; its signals are computed once,
+    for all methods that are given it."""
+    aux = sides.adapted if adapted else sides.aux
 
     def existing() -> ResidentSide:
         if aux is None:
             raise BadInput("a method here needs an aux model: name one with --config.aux, or leave the method out")
         return aux
 
-    return Request(primary, existing)
+    return Request(sides.primary, existing)
 
 
 def _check(side: ResidentSide, sample: Sample, room: int) -> None:

@@ -51,8 +51,8 @@ def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, change
     over = request(sides)
     plan = method.plan(over)
     got = execute(over, plan, method.caches)
-    assert (sides[0].prompt.ids == wanted.prompt.ids).all()
-    assert (plan.fetched(sides[0].prompt.context_tokens).recompute == wanted.plan.recompute).all()
+    assert (sides.primary.prompt.ids == wanted.prompt.ids).all()
+    assert (plan.fetched(sides.primary.prompt.context_tokens).recompute == wanted.plan.recompute).all()
     assert max_diff(got.logits, wanted.logits) < 1e-3
     assert (int(got.tail.slot), int(got.tail.position)) == (int(wanted.tail.slot), len(wanted.prompt.ids))
 
