@@ -21,7 +21,9 @@ from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import replicated
 from cacheclip_jax.encode import BATCH_TOKENS, BATCH_TOKENS_ACCELERATOR, encode, no_prefix
 from cacheclip_jax.errors import BadInput, ContextTooLong
-from cacheclip_jax.model.load import Model
+from cacheclip_jax.model.adapter import Adapter, load_adapter
+from cacheclip_jax.model.load import Model, load_model
+from cacheclip_jax.model.pull import MODELS, pull
 from cacheclip_jax.model.tokenizer import Tokenizer, nfc
 from cacheclip_jax.plan import Behind
 from cacheclip_jax.prompt import Prompt, PromptFormat
@@ -108,6 +110,30 @@ def _check(side: ResidentSide, sample: Sample, room: int) -> None:
         raise ContextTooLong(f"{sample.id}: prompt and answer take {total} tokens of {side.model.name}, the limit is "
                              f"{limit} (slots {side.slots}, positions {side.model.config.max_positions}): make shorter "
                              "samples")
+
+
+def load_lab(primary: str, aux: str, dtype: str, adapter: Adapter | None) -> Lab:
+    """The models by name or path ("": no aux model), and the one that an adapter makes of the aux model."""
+    big = load_model(located(primary), dtype=dtype)
+    if not aux:
+        return Lab(big, None)
+    small = big if aux == primary else load_model(located(aux), dtype=dtype)
+    return Lab(big, small, None if adapter is None else adapter.adapted(small))
+
+
+def located(model: str) -> str:
+    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
+    return str(pull(model).path) if model in MODELS else model
+
+
+def adapter_of(directory: str, aux: str) -> Adapter | None:
+    """What finetuning wrote to a directory ("": nothing). Raises BadInput where there is no aux model to change."""
+    if not directory:
+        return None
+    adapter = load_adapter(directory)
+    if not aux:
+        raise BadInput(f"aux_adapter={directory} belongs to {adapter.base_name}: name that as the aux model")
+    return adapter
 
 
 class ResidentSide:

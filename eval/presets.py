@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Groups, Sentences, Windows
 from cacheclip_jax.methods import METHODS, Method, make, takes_budget
+from cacheclip_jax.model.adapter import Adapter
 from cacheclip_jax.ranking import Ranking
 from cacheclip_jax.score import SCORINGS, Scoring
 from cacheclip_jax.select import Budget
@@ -48,6 +49,15 @@ class Entry:
         return " ".join(s for s in (self.method.name, self.preset, ratio) if s)
 
 
+def columns(asked: Sequence[Mapping[str, Any]], adapter: Adapter | None = None) -> list[Entry]:
+    """The columns of several entries. Raises BadInput for an adapter that none of them asks for."""
+    out = [e for one in asked for e in entries(one, None if adapter is None else adapter.scoring)]
+    if adapter is not None and not any(e.adapted for e in out):
+        raise BadInput(f"the adapter of {adapter.base_name} is of no use: give cacheclip the preset {ADAPTER}, or "
+                       "leave aux_adapter out")
+    return out
+
+
 def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[Entry]:
     """The columns of a config's entry: {"method": name, "preset": name, "ratios": (...), "label": ..., settings...}.
 
@@ -63,8 +73,8 @@ def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[En
         raise BadInput(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}")
     adapted = (name, preset) == ("cacheclip", ADAPTER)
     if adapted and adapter is None:
-        raise BadInput(f"the preset {ADAPTER} needs a finetuned aux model: name its directory with "
-                       "--config.aux_adapter")
+        raise BadInput(f"the preset {ADAPTER} needs a finetuned aux model: name its directory as "
+                       "aux_adapter")
     named = {**PRESETS.get(name, {}), **({ADAPTER: {"scoring": adapter}} if adapted else {})}
     if preset and preset not in named:
         raise BadInput(f"{name} has no preset {preset!r}: choose one of {', '.join(named) or 'none'}")

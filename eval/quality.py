@@ -37,19 +37,17 @@ from rich.text import Text
 from cacheclip_jax.engine import enable_compilation_cache
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import Full
-from cacheclip_jax.model.adapter import Adapter, load_adapter
-from cacheclip_jax.model.load import load_model
-from cacheclip_jax.model.pull import MODELS, pull
+from cacheclip_jax.model.adapter import Adapter
 from cacheclip_jax.online import Repaired, execute
 from cacheclip_jax.plan import Plan
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.request import Request
 from eval import machine
 from eval.batch_decode import first_tokens
-from eval.lab import Lab, request
+from eval.lab import Lab, adapter_of, load_lab, located, request
 from eval.ledger import Key, Ledger
 from eval.pool import Answer, Pool
-from eval.presets import ADAPTER, Entry, entries
+from eval.presets import Entry, columns
 from eval.rows import Row
 from eval.samples import Job, jobs, prepared, shard
 from eval.tasks import Sample
@@ -177,12 +175,8 @@ def _key(job: Job, sample: Sample, entry: Entry) -> Key:
 
 
 def columns_of(config: ConfigDict, adapter: Adapter | None = None) -> list[Entry]:
-    """The methods of a config, full attention first. Raises BadInput for two that reports couldn't tell apart, and for
-    an adapter that none of them asks for."""
-    named = [e for asked in config.methods for e in entries(asked, None if adapter is None else adapter.scoring)]
-    if adapter is not None and not any(e.adapted for e in named):
-        raise BadInput(f"aux_adapter={config.aux_adapter} is of no use: give cacheclip the preset {ADAPTER} in a "
-                       "column of methods, or leave it out")
+    """The methods of a config, full attention first. Raises BadInput for two that reports couldn't tell apart."""
+    named = columns(config.methods, adapter)
     out = [FULL, *(e for e in named if e.method != FULL.method)]
     twice = [e for i, e in enumerate(out) if str(e) in map(str, out[:i])]
     if twice:
@@ -200,30 +194,19 @@ def run(config: ConfigDict) -> Path | None:
         raise BadInput(f"judged={config.judged} is out of range: 1 or more tokens")
     asked = jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
                  seed=config.seed)
-    adapter = load_adapter(config.aux_adapter) if config.aux_adapter else None
-    if adapter is not None and not config.aux:
-        raise BadInput(f"aux_adapter={config.aux_adapter} belongs to {adapter.base_name}: name that with --config.aux")
-    columns, tokenizer = columns_of(config, adapter), located(config.primary)
+    adapter = adapter_of(config.aux_adapter, config.aux)
+    methods, tokenizer = columns_of(config, adapter), located(config.primary)
     parts = shard(asked, config.shard, tokenizer, config.judged)
     question = {k: v for k, v in config.to_dict().items() if k not in FREE}
     if adapter is not None:
         question["aux_adapter"] = f"{config.aux_adapter} ({fingerprint(adapter)})"
     with Ledger(target(config), question) as ledger:
         enable_compilation_cache()
-        primary = load_model(tokenizer, dtype=config.dtype)
-        aux = None
-        if config.aux:
-            aux = primary if config.aux == config.primary else load_model(located(config.aux), dtype=config.dtype)
-        lab = Lab(primary, aux, adapter.adapted(aux) if adapter is not None and aux is not None else None)
+        lab = load_lab(config.primary, config.aux, config.dtype, adapter)
         with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(),
                       TimeRemainingColumn()) as progress:
-            evaluation = Evaluation(config, ledger, lab, columns, progress)
+            evaluation = Evaluation(config, ledger, lab, methods, progress)
             return ledger.finish() if evaluation.run(parts, tokenizer, until) else None
-
-
-def located(model: str) -> str:
-    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
-    return str(pull(model).path) if model in MODELS else model
 
 
 def fingerprint(adapter: Adapter) -> str:

@@ -182,7 +182,7 @@ def test_a_run_is_not_gone_on_with_by_an_adapter_trained_again(config, long_pair
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"aux": ""}, "belongs to .*config.aux"),
+    ({"aux": ""}, "belongs to .*aux model"),
     ({"methods": METHODS}, "preset adapter"),
     ({"aux_adapter": ""}, "needs a finetuned aux model"),
 ])
