@@ -53,7 +53,8 @@ class CacheClipLM(LM):
     chunk_tokens, instructions, question: how prompts are cut, see `flat.Rule`.
     chat: whether a prompt is put into the model's chat template, as one user message.
     max_gen_toks: tokens of an answer where a task doesn't say.
-    batch_size, max_batch_size, device: what the harness gives to every model; there is nothing to choose here.
+    batch_size, max_batch_size: requests are answered one by one. device: has no effect, since JAX takes the accelerator
+      that is there (JAX_PLATFORMS=cpu: the CPU).
     """
 
     def __init__(self, primary: str, aux: str = "", *, method: str = "cacheclip", preset: str | None = "",
@@ -65,9 +66,7 @@ class CacheClipLM(LM):
         if str(batch_size) != "1" or max_batch_size is not None:
             raise BadInput(f"batch_size={batch_size}, max_batch_size={max_batch_size}: requests are answered one by "
                            "one, so leave both out")
-        if device is not None:
-            raise BadInput(f"device={device}: JAX takes the accelerator that is there; to run on the CPU set the "
-                           "environment's JAX_PLATFORMS=cpu")
+        del device  # the command line always names one of torch's
         self._rule = Rule(chunk_tokens, instructions, question)
         self._chat, self._longest = chat, max_gen_toks
         adapter = adapter_of(aux_adapter, aux)
