@@ -39,6 +39,7 @@ from eval.lab import Lab, adapter_of, load_lab, prompt_of, request
 from eval.presets import ADAPTER, columns
 from eval.tasks import Sample
 
+_SLOTS = 1024, 2  # caches of prompts have few sizes, two per doubling: every one takes minutes to compile
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # names of one thing, as tasks have them
 _GENERATION = {*_LENGTHS, "until", "do_sample", "temperature", "top_k", "top_p"}
 
@@ -141,7 +142,7 @@ class CacheClipLM(LM):
                         question=parts.question, answer_prefix="", references=(), metric="", max_new_tokens=room,
                         meta={"chat": self._chat})
         room += DECODE_STEPS
-        slots = bucket(len(prompt_of(sample, model.tokenizer).ids) + room, 256)
+        slots = bucket(len(prompt_of(sample, model.tokenizer).ids) + room, *_SLOTS)
         over = request(self._lab.sides(sample, slots, room), self._entry.adapted)
         plan, method = self._entry.method.plan(over), self._entry.method
         done = execute(over, plan, method.caches)
