@@ -21,7 +21,9 @@ from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import replicated
 from cacheclip_jax.encode import BATCH_TOKENS, BATCH_TOKENS_ACCELERATOR, encode, no_prefix
 from cacheclip_jax.errors import BadInput, ContextTooLong
-from cacheclip_jax.model.load import Model
+from cacheclip_jax.model.adapter import Adapter, load_adapter
+from cacheclip_jax.model.load import Model, load_model
+from cacheclip_jax.model.pull import MODELS, pull
 from cacheclip_jax.model.tokenizer import Tokenizer, nfc
 from cacheclip_jax.plan import Behind
 from cacheclip_jax.prompt import Prompt, PromptFormat
@@ -56,13 +58,15 @@ def frame_tokens(tokenizer: Tokenizer) -> int:
 
 @dataclass(frozen=True)
 class Lab:
-    """A primary and, for methods that need one, an aux model; both on the device."""
+    """A primary and, for methods that need one, an aux model, beside it perhaps as finetuning changed it; all on the
+    device."""
 
     primary: Model
     aux: Model | None
+    adapted: Model | None = None
 
-    def sides(self, sample: Sample, slots: int, room: int) -> tuple[ResidentSide, ResidentSide | None]:
-        """What the two models bring to requests about a sample. Caches of the primary have `slots`, at least `room` of
+    def sides(self, sample: Sample, slots: int, room: int) -> Sides:
+        """What the models bring to requests about a sample. Caches of the primary have `slots`, at least `room` of
         them for the answer.
 
         Raises ContextTooLong when the prompt and that room don't fit.
@@ -70,23 +74,34 @@ class Lab:
         primary = ResidentSide(self.primary, prompt_of(sample, self.primary.tokenizer), slots)
         _check(primary, sample, room)
         if self.aux is None:
-            return primary, None
+            return Sides(primary)
         prompt = prompt_of(sample, self.aux.tokenizer)
-        aux = ResidentSide(self.aux, prompt, slots if len(prompt.ids) <= slots else bucket(len(prompt.ids), 1024))
+        slots = slots if len(prompt.ids) <= slots else bucket(len(prompt.ids), 1024)
+        aux = ResidentSide(self.aux, prompt, slots)
         _check(aux, sample, 0)
-        return primary, aux
+        return Sides(primary, aux, None if self.adapted is None else ResidentSide(self.adapted, prompt, slots))
 
 
-def request(sides: tuple[ResidentSide, ResidentSide | None]) -> Request:
-    """A request over a sample's caches; its signals are computed once, for all methods that are given it."""
-    primary, aux = sides
+@dataclass(frozen=True)
+class Sides:
+    """The models' parts in a sample, as far as there are such models."""
+
+    primary: ResidentSide
+    aux: ResidentSide | None = None
+    adapted: ResidentSide | None = None
+
+
+def request(sides: Sides, adapted: bool = False) -> Request:
+    """A request over a sample's caches, with the aux model or with the `adapted` one; its signals are computed once,
+    for all methods that are given it."""
+    aux = sides.adapted if adapted else sides.aux
 
     def existing() -> ResidentSide:
         if aux is None:
             raise BadInput("a method here needs an aux model: name one with --config.aux, or leave the method out")
         return aux
 
-    return Request(primary, existing)
+    return Request(sides.primary, existing)
 
 
 def _check(side: ResidentSide, sample: Sample, room: int) -> None:
@@ -95,6 +110,30 @@ def _check(side: ResidentSide, sample: Sample, room: int) -> None:
         raise ContextTooLong(f"{sample.id}: prompt and answer take {total} tokens of {side.model.name}, the limit is "
                              f"{limit} (slots {side.slots}, positions {side.model.config.max_positions}): make shorter "
                              "samples")
+
+
+def load_lab(primary: str, aux: str, dtype: str, adapter: Adapter | None) -> Lab:
+    """The models by name or path ("": no aux model), and the one that an adapter makes of the aux model."""
+    big = load_model(located(primary), dtype=dtype)
+    if not aux:
+        return Lab(big, None)
+    small = big if aux == primary else load_model(located(aux), dtype=dtype)
+    return Lab(big, small, None if adapter is None else adapter.adapted(small))
+
+
+def located(model: str) -> str:
+    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
+    return str(pull(model).path) if model in MODELS else model
+
+
+def adapter_of(directory: str, aux: str) -> Adapter | None:
+    """What finetuning wrote to a directory ("": nothing). Raises BadInput where there is no aux model to change."""
+    if not directory:
+        return None
+    adapter = load_adapter(directory)
+    if not aux:
+        raise BadInput(f"aux_adapter={directory} belongs to {adapter.base_name}: name that as the aux model")
+    return adapter
 
 
 class ResidentSide:

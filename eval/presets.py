@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Groups, Sentences, Windows
 from cacheclip_jax.methods import METHODS, Method, make, takes_budget
+from cacheclip_jax.model.adapter import Adapter
 from cacheclip_jax.ranking import Ranking
 from cacheclip_jax.score import SCORINGS, Scoring
 from cacheclip_jax.select import Budget
 
+ADAPTER = "adapter"  # CacheClip's preset with a finetuned aux model and its scoring, where a run names one
 # method -> preset -> settings. A method without a preset is as it comes.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "cacheclip": {
@@ -34,30 +36,46 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A column of an evaluation: a configured method, and what reports call it."""
+    """A column of an evaluation: a configured method, what reports call it, and whether the finetuned aux model
+    scores for it, in place of the one that it was trained from."""
 
     method: Method
     preset: str
     ratio: float | None
+    adapted: bool = False
 
     def __str__(self) -> str:
         ratio = "" if self.ratio is None else f"{self.ratio:.0%}"
         return " ".join(s for s in (self.method.name, self.preset, ratio) if s)
 
 
-def entries(asked: Mapping[str, Any]) -> list[Entry]:
+def columns(asked: Sequence[Mapping[str, Any]], adapter: Adapter | None = None) -> list[Entry]:
+    """The columns of several entries. Raises BadInput for an adapter that none of them asks for."""
+    out = [e for one in asked for e in entries(one, None if adapter is None else adapter.scoring)]
+    if adapter is not None and not any(e.adapted for e in out):
+        raise BadInput(f"the adapter of {adapter.base_name} is of no use: give cacheclip the preset {ADAPTER}, or "
+                       "leave aux_adapter out")
+    return out
+
+
+def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[Entry]:
     """The columns of a config's entry: {"method": name, "preset": name, "ratios": (...), "label": ..., settings...}.
 
     Settings go over the preset's; where a setting is an object (scoring, grouping, ranking, budget) a dict of its
     fields will do: {"size": 16} are groups, with `density` sliding windows, with `longest` sentences. `label` is what
-    reports call it, the preset's name by default. Raises BadInput for an unknown method, preset or setting.
+    reports call it, the preset's name by default. `adapter` is the scoring of CacheClip's preset "adapter". Raises
+    BadInput for an unknown method, preset or setting, and for that preset without an adapter.
     """
     given = dict(asked)
     name, preset = given.pop("method"), given.pop("preset", "")
     label, ratios = given.pop("label", preset), given.pop("ratios", ())
     if name not in METHODS:
         raise BadInput(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}")
-    named = PRESETS.get(name, {})
+    adapted = (name, preset) == ("cacheclip", ADAPTER)
+    if adapted and adapter is None:
+        raise BadInput(f"the preset {ADAPTER} needs a finetuned aux model: name its directory as "
+                       "aux_adapter")
+    named = {**PRESETS.get(name, {}), **({ADAPTER: {"scoring": adapter}} if adapted else {})}
     if preset and preset not in named:
         raise BadInput(f"{name} has no preset {preset!r}: choose one of {', '.join(named) or 'none'}")
     if ratios and not takes_budget(name):
@@ -68,7 +86,7 @@ def entries(asked: Mapping[str, Any]) -> list[Entry]:
     try:
         settings = {key: _made(key, value) for key, value in settings.items()}
         budgets = [Budget(ratio=ratio) for ratio in ratios] or [settings.pop("budget", None)]
-        return [Entry(make(name, budget, **settings), label, None if budget is None else budget.ratio)
+        return [Entry(make(name, budget, **settings), label, None if budget is None else budget.ratio, adapted)
                 for budget in budgets]
     except TypeError as e:
         known = ", ".join(METHODS[name].__dataclass_fields__)

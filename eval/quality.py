@@ -11,6 +11,7 @@ own, and eval.report reads them all.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,18 +36,17 @@ from rich.text import Text
 from cacheclip_jax.engine import enable_compilation_cache
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import Full
-from cacheclip_jax.model.load import Model, load_model
-from cacheclip_jax.model.pull import MODELS, pull
+from cacheclip_jax.model.adapter import Adapter
 from cacheclip_jax.online import Repaired, execute
 from cacheclip_jax.plan import Plan
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.request import Request
 from eval import machine
 from eval.batch_decode import first_tokens
-from eval.lab import Lab, request
+from eval.lab import Lab, adapter_of, load_lab, located, request
 from eval.ledger import Key, Ledger
 from eval.pool import Answer, Pool
-from eval.presets import Entry, entries
+from eval.presets import Entry, columns
 from eval.rows import Row
 from eval.samples import Job, jobs, prepared, shard
 from eval.script import start
@@ -80,12 +80,11 @@ class Rate(ProgressColumn):
 class Evaluation:
     """The models, and where answers go."""
 
-    def __init__(self, config: ConfigDict, ledger: Ledger, primary: Model, aux: Model | None, columns: Sequence[Entry],
-                 progress: Progress):
+    def __init__(self, config: ConfigDict, ledger: Ledger, lab: Lab, columns: Sequence[Entry], progress: Progress):
         self._config, self._ledger, self._columns, self._progress = config, ledger, columns, progress
-        self._lab = Lab(primary, aux)
+        self._lab = lab
         self._bar = progress.add_task("answers", total=None)
-        self._pool: Pool[Tag] = Pool(primary, config.batch, self._report)
+        self._pool: Pool[Tag] = Pool(lab.primary, config.batch, self._report)
         self._about = {"run": config.run, "device": machine.device(), "commit": machine.commit(),
                        "date": datetime.date.today().isoformat(), "primary": Path(config.primary).name,
                        "aux": Path(config.aux).name}
@@ -110,14 +109,16 @@ class Evaluation:
         if not missing:
             return
         sides = self._lab.sides(sample, slots, max(sample.max_new_tokens, self._config.judged))
-        shared, prompt = request(sides), sides[0].prompt
-        plan, repaired, times = self._first_logits(FULL, shared)
+        shared = {adapted: request(sides, adapted) for adapted in (False, True)}
+        prompt = sides.primary.prompt
+        plan, repaired, times = self._first_logits(FULL, shared[False])
         reference = first_tokens(self._lab.primary, repaired.logits, len(prompt.ids), repaired.cache,
                                  self._config.judged)
         for entry in missing:
             if entry is not FULL:
                 try:
-                    plan, repaired, times = self._first_logits(entry, request(sides) if self._config.times else shared)
+                    over = request(sides, entry.adapted) if self._config.times else shared[entry.adapted]
+                    plan, repaired, times = self._first_logits(entry, over)
                 except Exception as e:
                     e.add_note(f"while {entry} answered {sample.id} of {job.name}")
                     raise
@@ -147,7 +148,8 @@ class Evaluation:
             ratio=entry.ratio, sample=sample.id, prediction=text, references=sample.references,
             score=sample.score(text), realised_ratio=float(mask.mean()), times=tag.times,
             depth=sample.meta.get("depth"), kl_first_token=answer.kl_first_token, kl=answer.kl, top1=answer.top1,
-            prompt_tokens=len(tag.prompt.ids), answer_ids=answer.ids, **pages, **self._about)])
+            prompt_tokens=len(tag.prompt.ids), answer_ids=answer.ids,
+            aux_adapter=Path(self._config.aux_adapter).name if entry.adapted else "", **pages, **self._about)])
         self._progress.advance(self._bar)
 
 
@@ -169,9 +171,9 @@ def _key(job: Job, sample: Sample, entry: Entry) -> Key:
     return job.name, job.length or 0, entry.method.name, entry.preset, entry.ratio, sample.id
 
 
-def columns_of(config: ConfigDict) -> list[Entry]:
+def columns_of(config: ConfigDict, adapter: Adapter | None = None) -> list[Entry]:
     """The methods of a config, full attention first. Raises BadInput for two that reports couldn't tell apart."""
-    named = [e for asked in config.methods for e in entries(asked)]
+    named = columns(config.methods, adapter)
     out = [FULL, *(e for e in named if e.method != FULL.method)]
     twice = [e for i, e in enumerate(out) if str(e) in map(str, out[:i])]
     if twice:
@@ -189,24 +191,24 @@ def run(config: ConfigDict) -> Path | None:
         raise BadInput(f"judged={config.judged} is out of range: 1 or more tokens")
     asked = jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
                  seed=config.seed)
-    columns, tokenizer = columns_of(config), located(config.primary)
+    adapter = adapter_of(config.aux_adapter, config.aux)
+    methods, tokenizer = columns_of(config, adapter), located(config.primary)
     parts = shard(asked, config.shard, tokenizer, config.judged)
     question = {k: v for k, v in config.to_dict().items() if k not in FREE}
+    if adapter is not None:
+        question["aux_adapter"] = f"{config.aux_adapter} ({fingerprint(adapter)})"
     with Ledger(target(config), question) as ledger:
         enable_compilation_cache()
-        primary = load_model(tokenizer, dtype=config.dtype)
-        aux = None
-        if config.aux:
-            aux = primary if config.aux == config.primary else load_model(located(config.aux), dtype=config.dtype)
+        lab = load_lab(config.primary, config.aux, config.dtype, adapter)
         with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(),
                       TimeRemainingColumn()) as progress:
-            evaluation = Evaluation(config, ledger, primary, aux, columns, progress)
+            evaluation = Evaluation(config, ledger, lab, methods, progress)
             return ledger.finish() if evaluation.run(parts, tokenizer, until) else None
 
 
-def located(model: str) -> str:
-    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
-    return str(pull(model).path) if model in MODELS else model
+def fingerprint(adapter: Adapter) -> str:
+    """What an adapter is: two with the same directory, trained one after the other, differ in it."""
+    return hashlib.sha256(f"{adapter.digest()} {adapter.scoring} {adapter.rows}".encode()).hexdigest()[:16]
 
 
 def target(config: ConfigDict) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -124,12 +126,30 @@ def prepared(asked: Sequence[tuple[Job, slice]], tokenizer: str, judged: int, wo
         return
     # Spawned, not forked: threads of the device's runtime don't survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as processes:
-        futures: list[Future[Made]] = [processes.submit(made, job, tokenizer, judged) for job, _ in asked]
+        with starting_on_cpu():
+            futures: list[Future[Made]] = [processes.submit(made, job, tokenizer, judged) for job, _ in asked]
         try:
             for future, (_, part) in zip(futures, asked, strict=True):
                 yield _cut(future.result(), part)
         finally:
             processes.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def starting_on_cpu() -> Iterator[None]:
+    """Processes that start meanwhile leave the accelerator alone: each that touched it would take memory of its own.
+
+    They are told by the environment, since some packages touch a device as soon as they are imported.
+    """
+    before = os.environ.get("JAX_PLATFORMS")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["JAX_PLATFORMS"]
+        else:
+            os.environ["JAX_PLATFORMS"] = before
 
 
 def _cut(whole: Made, part: slice) -> Made:

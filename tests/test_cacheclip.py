@@ -100,3 +100,15 @@ def test_a_negative_number_of_heads_is_refused_and_random_groups_may_be_sentence
         AuxGuided(heads_of_chunks=-1)
     plan = same.prefill(QUESTION, TEXTS[:4], method=make("random", Budget(ratio=0.3), grouping=Sentences())).plan
     assert round(0.3 * len(plan.recompute)) <= plan.recompute.sum() < len(plan.recompute)
+
+
+def test_chunks_encoded_alone_are_repaired_to_full_prefill_by_the_same_scores(clip):
+    shared, alone = (AuxGuided(Budget(ratio=0.3), prefix=prefix) for prefix in ("shared", "none"))
+    first, second = (clip.prefill(QUESTION, TEXTS[:4], method=method) for method in (shared, alone))
+    np.testing.assert_array_equal(first.plan.recompute, second.plan.recompute)
+    assert np.abs(np.asarray(first.logits) - np.asarray(second.logits)).max() > 1e-3
+    whole, full = (np.asarray(clip.prefill(QUESTION, TEXTS[:4], method=method).logits)
+                   for method in (AuxGuided(Budget(ratio=1.0), prefix="none"), "full"))
+    np.testing.assert_allclose(whole, full, atol=1e-4)
+    with pytest.raises(BadInput, match="prefix='mine'"):
+        AuxGuided(prefix="mine")

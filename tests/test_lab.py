@@ -39,9 +39,10 @@ BARE = {"meta": {"chat": False}, "instructions": ""}  # a prompt without a prefi
 
 @pytest.mark.parametrize(("method", "changes"), [
     (Full(), {}), (Prefix(), {}), (Naive(), {}), (Naive(prefix="none"), {}), (AuxGuided(Budget(ratio=0.1)), {}),
-    (AuxGuided(Budget(ratio=0.1)), BARE), (CacheBlend(Budget(ratio=0.1)), {}), (ProphetKV(Budget(ratio=0.1)), {}),
-    (SpecPrefill(Budget(ratio=0.3)), {})],
-    ids=["full", "prefix", "naive", "naive-none", "cacheclip", "no-prefix", "cacheblend", "prophetkv", "specprefill"])
+    (AuxGuided(Budget(ratio=0.1), prefix="none"), {}), (AuxGuided(Budget(ratio=0.1)), BARE),
+    (CacheBlend(Budget(ratio=0.1)), {}), (ProphetKV(Budget(ratio=0.1)), {}), (SpecPrefill(Budget(ratio=0.3)), {})],
+    ids=["full", "prefix", "naive", "naive-none", "cacheclip", "cacheclip-none", "no-prefix", "cacheblend", "prophetkv",
+         "specprefill"])
 def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, changes):
     asked = sample(**changes)
     chunks = list(map(Passage.make, asked.context))
@@ -50,8 +51,8 @@ def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, change
     over = request(sides)
     plan = method.plan(over)
     got = execute(over, plan, method.caches)
-    assert (sides[0].prompt.ids == wanted.prompt.ids).all()
-    assert (plan.fetched(sides[0].prompt.context_tokens).recompute == wanted.plan.recompute).all()
+    assert (sides.primary.prompt.ids == wanted.prompt.ids).all()
+    assert (plan.fetched(sides.primary.prompt.context_tokens).recompute == wanted.plan.recompute).all()
     assert max_diff(got.logits, wanted.logits) < 1e-3
     assert (int(got.tail.slot), int(got.tail.position)) == (int(wanted.tail.slot), len(wanted.prompt.ids))
 
@@ -60,7 +61,8 @@ def test_the_lab_tells_methods_apart(lab):
     """Else the test above would also pass for a lab that prefills in full, whatever it is asked."""
     over = request(lab.sides(sample(), 2048, 8))
     logits = {str(m): execute(over, m.plan(over), m.caches).logits
-              for m in (Full(), Naive(), Naive(prefix="none"), AuxGuided(Budget(ratio=0.1)))}
+              for m in (Full(), Naive(), Naive(prefix="none"),
+                        *(AuxGuided(Budget(ratio=0.1), prefix=prefix) for prefix in ("shared", "none")))}
     for name, theirs in logits.items():
         assert all(max_diff(theirs, others) > 1e-2 for other, others in logits.items() if other != name)
 

@@ -7,7 +7,7 @@ import pytest
 
 from cacheclip_jax import Budget, CacheClip, Groups
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.methods import METHODS, NEED_AUX, Epic, Naive, ProphetKV, SpecPrefill, make, takes_budget
+from cacheclip_jax.methods import METHODS, NEED_AUX, AuxGuided, Epic, Naive, ProphetKV, SpecPrefill, make, takes_budget
 from cacheclip_jax.methods.a3 import A3
 from cacheclip_jax.methods.ape import Ape
 from cacheclip_jax.methods.cacheblend import CacheBlend
@@ -63,7 +63,7 @@ def test_the_realised_ratio_is_the_wanted_one_within_a_group(clip, method, ratio
 
 
 @pytest.mark.parametrize("prefix", ["shared", "none"])
-@pytest.mark.parametrize("kind", [CacheBlend, Epic, ProphetKV, FusionRAG, A3])
+@pytest.mark.parametrize("kind", [AuxGuided, CacheBlend, Epic, ProphetKV, FusionRAG, A3])
 def test_at_ratio_zero_what_is_left_is_naive_reuse(clip, kind, prefix):
     budget = Budget(ratio=0.0)
     bare, naive = (np.asarray(clip.prefill(QUESTION, TEXTS[:4], method=method).logits)

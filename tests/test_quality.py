@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
+import jax
 import ml_collections
 import pytest
 
 from cacheclip_jax import CacheClip
 from cacheclip_jax.errors import BadInput
+from cacheclip_jax.model.adapter import load_adapter, save_adapter
+from cacheclip_jax.model.load import load_model
 from cacheclip_jax.store import Passage
-from configs.quality import defaults
+from configs.quality import ablations, defaults, presets, qa, ruler, smoke
 from eval.lab import format_of
 from eval.ledger import Ledger, key_of
-from eval.quality import run, target
+from eval.quality import columns_of, run, target
 from eval.report import write
 from eval.rows import read_rows
-from eval.samples import jobs, made, prepared, shard
+from eval.samples import jobs, made, prepared, shard, starting_on_cpu
 from tests import samples
+from tests.test_adapter import random_adapter
 
 METHODS = ({"method": "naive"}, {"method": "cacheclip", "preset": "late", "ratios": (0.1, 0.3)})
 COLUMNS = 4  # with full attention
@@ -139,6 +146,53 @@ def test_a_report_can_be_written_of_it(whole, tmp_path):
     assert "cacheclip late" in write([whole], tmp_path / "report")[1].read_text()
 
 
+def test_the_adapters_column_is_scored_by_the_finetuned_aux_and_others_are_not(whole, config, long_pair, tmp_path):
+    aux = load_model(long_pair[1], dtype="float32")
+    tuned = save_adapter(random_adapter(aux, size=2.0), tmp_path / "tuned")
+    config.update({"aux_adapter": str(tuned), "tasks": config.tasks[:1], "methods": (
+        {"method": "cacheclip", "preset": "late", "ratios": (0.3,)},
+        {"method": "cacheclip", "preset": "adapter", "ratios": (0.3,)}, {"method": "specprefill", "ratios": (0.3,)})})
+    found = {(r.sample, r.method, r.preset): r for r in read_rows([run(config)])}
+    assert {r.aux_adapter for r in found.values() if r.preset != "adapter"} == {""}
+    before = {r.sample: r for r in read_rows([whole]) if (r.preset, r.ratio, r.task) == ("late", 0.3, "squad")}
+    job = jobs(config.tasks, (), config.data, count=1, split=config.split, seed=0)[0]
+    clip = CacheClip.load(config.primary, config.aux, "memory://test-adapter", dtype="float32", aux_adapter=tuned)
+    for sample in made(job, config.primary, config.judged).samples:
+        assert found[sample.id, "cacheclip", "late"].answer_ids == before[sample.id].answer_ids
+        clip = CacheClip(clip.primary.model, aux, clip.store, prompt_format=format_of(sample),
+                         aux_adapter=load_adapter(tuned))
+        answer = clip.ask(sample.question, list(map(Passage.make, sample.context)), ratio=0.3,
+                          max_new_tokens=sample.max_new_tokens)
+        row = found[sample.id, "cacheclip", "adapter"]
+        assert (row.answer_ids, row.aux_adapter) == (answer.token_ids, "tuned")
+    kl = {preset: [found[s, "cacheclip", preset].kl for s in before] for preset in ("late", "adapter")}
+    assert kl["late"] != kl["adapter"]
+
+
+def test_a_run_is_not_gone_on_with_by_an_adapter_trained_again(config, long_pair, tmp_path):
+    aux = load_model(long_pair[1], dtype="float32")
+    config.update({"aux_adapter": str(tmp_path / "tuned"), "budget_seconds": 1e-6, "methods": (
+        {"method": "cacheclip", "preset": "adapter", "ratios": (0.3,)},)})
+    save_adapter(random_adapter(aux), tmp_path / "tuned")
+    assert run(config) is None
+    target(config).with_name("rows.jsonl.part").touch()
+    save_adapter(random_adapter(aux, seed=1), tmp_path / "tuned")
+    with pytest.raises(BadInput, match="another aux_adapter"):
+        run(config)
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"aux": ""}, "belongs to .*aux model"),
+    ({"methods": METHODS}, "preset adapter"),
+    ({"aux_adapter": ""}, "needs a finetuned aux model"),
+])
+def test_an_adapter_needs_its_aux_and_a_column(config, long_pair, tmp_path, changes, named):
+    tuned = save_adapter(random_adapter(load_model(long_pair[1], dtype="float32")), tmp_path / "tuned")
+    config.update({"aux_adapter": str(tuned), "methods": ({"method": "cacheclip", "preset": "adapter"},), **changes})
+    with pytest.raises(BadInput, match=named):
+        run(config)
+
+
 @pytest.mark.parametrize(("changes", "named"), [
     ({"shard": "2/2"}, "shard='2/2'"),
     ({"shard": "1"}, "shard='1'"),
@@ -158,10 +212,31 @@ def test_what_a_config_can_not_ask_is_refused_before_any_work(config, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_make_the_same_samples(config):
+@pytest.mark.parametrize("made_by", [ablations, presets, qa, ruler, smoke], ids=lambda m: m.__name__)
+def test_the_columns_of_every_config_can_be_told_apart(made_by):
+    assert len(columns_of(made_by.get_config())) > 10
+
+
+def platform() -> str:
+    """Where a process computes that has imported the runner, as this module does."""
+    return jax.devices()[0].platform
+
+
+@pytest.mark.parametrize("inherited", ["cuda", None])
+def test_processes_make_the_same_samples_without_the_accelerator(config, monkeypatch, inherited):
     asked = jobs(config.tasks, config.lengths, config.data, count=1, split="report", seed=0)
     parts = shard(asked, "0/1", config.primary, 4)
-    assert list(prepared(parts, config.primary, 4, workers=1)) == list(prepared(parts, config.primary, 4, workers=0))
+    here = list(prepared(parts, config.primary, 4, workers=0))
+    if inherited is None:
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    else:
+        monkeypatch.setenv("JAX_PLATFORMS", inherited)  # a process that touches this device dies: there is none
+    assert list(prepared(parts, config.primary, 4, workers=1)) == here
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        with starting_on_cpu():
+            found = processes.submit(platform)
+        assert os.environ.get("JAX_PLATFORMS") == inherited
+        assert found.result() == "cpu"
 
 
 def test_a_run_is_not_gone_on_with_by_another_config(tmp_path):

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Groups
-from cacheclip_jax.plan import Caches, Plan
+from cacheclip_jax.methods.method import ByPrefix
+from cacheclip_jax.plan import Behind, Plan
 from cacheclip_jax.ranking import Ranking, rank
 from cacheclip_jax.request import Request
 from cacheclip_jax.score import Scoring
@@ -13,10 +14,11 @@ from cacheclip_jax.select import Budget, select_on_device
 
 
 @dataclass(frozen=True)
-class AuxGuided:
+class AuxGuided(ByPrefix):
     """Recompute the groups of tokens that the aux model's attention ranks highest for the question.
 
     `heads_of_chunks` first tokens of every chunk are recomputed in any case, out of the same budget.
+    `prefix` says behind what the primary's chunks were encoded; the aux model reads its own behind the shared prefix.
     """
 
     budget: Budget = field(default_factory=lambda: Budget(ratio=0.2))
@@ -24,10 +26,11 @@ class AuxGuided:
     grouping: Grouping = field(default_factory=Groups)
     ranking: Ranking = field(default_factory=Ranking)
     heads_of_chunks: int = 0
+    prefix: Behind = "shared"
     name: ClassVar[str] = "cacheclip"
-    caches: ClassVar[Caches] = "shared"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.heads_of_chunks < 0:
             raise BadInput(f"heads_of_chunks={self.heads_of_chunks} is out of range: it must be 0 (none) or more")
 

@@ -64,7 +64,8 @@ def selection() -> tuple[dict[str, Any], ...]:
         variant("no sinks", ranking={"skip_first": 4}),
         variant("no formatting", ranking={"skip_formatting": True}),
         *(variant(f"chunk power {power}", ranking={"chunk_power": power}) for power in (-1.0, -0.5, 0.5)),
-        variant("heads of chunks 4", heads_of_chunks=4),
+        *(variant(f"heads of chunks {tokens}", heads_of_chunks=tokens) for tokens in (1, 2, 4, 8, 16)),
+        variant("prefix none", prefix="none"),
         {"method": "cacheclip", "preset": "paper", "ratios": RATIOS},
     )
 

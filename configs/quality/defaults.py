@@ -18,6 +18,7 @@ def base() -> ml_collections.ConfigDict:
         "out": "",  # JSON lines, see eval/rows.py
         "primary": "qwen2.5-coder-1.5b",
         "aux": "qwen2.5-coder-0.5b",  # "": none
+        "aux_adapter": "",  # directory that finetuning wrote, for the columns of cacheclip's preset "adapter"
         "dtype": "bfloat16",
         "tasks": (),  # names, or dicts of a name and settings, see eval/samples.py
         "lengths": (),  # tokens of prompt and answer

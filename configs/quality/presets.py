@@ -32,7 +32,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "groups 16": {"grouping": {"size": 16}},
     "groups max": {"grouping": {"reduce": "max"}},
     "sentences": {"grouping": {"longest": 32}},
-    "heads of chunks 2": {"heads_of_chunks": 2},
+    **{f"heads of chunks {tokens}": {"heads_of_chunks": tokens} for tokens in (2, 4, 8)},
+    "prefix none": {"prefix": "none"},
+    "heads of chunks 8, prefix none": {"heads_of_chunks": 8, "prefix": "none"},
 }
 TEXT = {"data": defaults.TEXT}
 
