@@ -22,6 +22,7 @@ from cacheclip_jax.caches import replicated
 from cacheclip_jax.encode import BATCH_TOKENS, BATCH_TOKENS_ACCELERATOR, encode, no_prefix
 from cacheclip_jax.errors import BadInput, ContextTooLong
 from cacheclip_jax.model.load import Model
+from cacheclip_jax.model.pull import MODELS, pull
 from cacheclip_jax.model.tokenizer import Tokenizer, nfc
 from cacheclip_jax.plan import Behind
 from cacheclip_jax.prompt import Prompt, PromptFormat
@@ -33,6 +34,11 @@ from eval.tasks import Sample
 FRAME_SLACK = 4  # tokens by which a template's and a text's may differ where they meet
 # Smallest number of rows, and sizes per doubling: compiling for another size takes as long as hundreds of answers.
 _ROWS: dict[Stage, tuple[int, int]] = {"question": (128, 2), "repair": (256, 2), "prefill": (512, 8)}
+
+
+def located(model: str) -> str:
+    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
+    return str(pull(model).path) if model in MODELS else model
 
 
 def format_of(sample: Sample) -> PromptFormat:

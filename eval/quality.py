@@ -37,14 +37,13 @@ from cacheclip_jax.engine import enable_compilation_cache
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import Full
 from cacheclip_jax.model.load import Model, load_model
-from cacheclip_jax.model.pull import MODELS, pull
 from cacheclip_jax.online import Repaired, execute
 from cacheclip_jax.plan import Plan
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.request import Request
 from eval import machine
 from eval.batch_decode import first_tokens
-from eval.lab import Lab, request
+from eval.lab import Lab, located, request
 from eval.ledger import Key, Ledger
 from eval.pool import Answer, Pool
 from eval.presets import Entry, entries
@@ -205,11 +204,6 @@ def run(config: ConfigDict) -> Path | None:
                       TimeRemainingColumn()) as progress:
             evaluation = Evaluation(config, ledger, primary, aux, columns, progress)
             return ledger.finish() if evaluation.run(parts, tokenizer, until) else None
-
-
-def located(model: str) -> str:
-    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
-    return str(pull(model).path) if model in MODELS else model
 
 
 def target(config: ConfigDict) -> Path:
