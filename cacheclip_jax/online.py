@@ -166,7 +166,8 @@ def question_scores(side: Side, scoring: Scoring, feed: LayerFeed | None) -> jax
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
                              f"{model.name}: the limit is {cfg.max_positions}. Draft fewer, or take shorter chunks.")
-    weights, wanted, depth = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers), scoring.depth(cfg.num_layers)
+    weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
+    depth = scoring.depth_in_spans(cfg.num_layers)
     further = bool(scoring.second_pass or scoring.look_ahead)
     read, positions = prompt.question, np.arange(start, end)
     known: Any = np.int32(end - start - 1)  # index of the last row

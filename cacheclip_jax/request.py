@@ -97,7 +97,7 @@ class Request:
 
     def _aux_scores(self, scoring: Scoring) -> Scores:
         started, aux = time.perf_counter(), self.aux
-        depth = scoring.depth(aux.model.config.num_layers)
+        depth = scoring.depth_in_spans(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
         self.primary.begin()
         try:

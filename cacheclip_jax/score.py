@@ -105,6 +105,10 @@ class Scoring:
         """How many of the first layers must run: up to the last one that is scored, all where tokens are drafted."""
         return num_layers if self.look_ahead else self.layer_indices(num_layers)[-1] + 1
 
+    def depth_in_spans(self, num_layers: int) -> int:
+        """`depth` in whole spans: a layer more takes less than another program, of a shorter span, to compile."""
+        return min(-(-self.depth(num_layers) // SPAN) * SPAN, num_layers)
+
     @property
     def key(self) -> Scoring:
         """What compiled programs depend on: the settings that only say which of them run are left out, so that they
