@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -33,9 +33,8 @@ def draw(rows: Sequence[Row], aux_layers: int, primary_layers: int) -> Figure:
 
 def _heatmap(figure: Figure, axes: Axes, rows: Sequence[Row], label: str, title: str) -> None:
     ours, theirs = (sorted({r[key] for r in rows if r[key] != "late"}) for key in ("primary_layer", "aux_layer"))
-    values = [[_mean(rows, lambda r, a=a, p=p: (r["aux_layer"], r["primary_layer"]) == (a, p)) for p in ours]
-              for a in theirs]
-    edges = [ours[0] - 0.5, ours[-1] + 0.5, theirs[0] - 0.5, theirs[-1] + 0.5]
+    values = [[_recall(rows, aux_layer=a, primary_layer=p) for p in ours] for a in theirs]
+    edges = (ours[0] - 0.5, ours[-1] + 0.5, theirs[0] - 0.5, theirs[-1] + 0.5)
     image = axes.imshow(values, origin="lower", aspect="auto", extent=edges, vmin=0, vmax=1)
     axes.set(xlabel="primary layer (full prefill)", ylabel=label, title=title)
     figure.colorbar(image, ax=axes, label="recall of the top 20%")
@@ -51,12 +50,13 @@ def _curves(axes: Axes, rows: Sequence[Row], last: int, primary_layers: int) -> 
     lines |= {f"primary, layer {n}": [r for r in early if r["aux_layer"] == n] for n in chosen}
     for name, of in lines.items():
         ours = sorted({r["primary_layer"] for r in of})
-        axes.plot(ours, [_mean(of, lambda r, p=p: r["primary_layer"] == p) for p in ours],
-                  "--" if name.startswith("primary") else "-", marker="o", markersize=3, label=name)
+        style = "--" if name.startswith("primary") else "-"
+        axes.plot(ours, [_recall(of, primary_layer=p) for p in ours], style, marker="o", markersize=3, label=name)
     axes.axhline(0.2, color="#888", linewidth=0.8, label="random")
     axes.set(xlabel="primary layer (full prefill)", ylabel="recall of the top 20%", ylim=(0, 1))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _mean(rows: Sequence[Row], which: Callable[[Row], bool]) -> float:
-    return float(np.mean([r["recall20"] for r in rows if which(r)]))
+def _recall(rows: Sequence[Row], **fields: int) -> float:
+    """The mean over rows that have these fields."""
+    return float(np.mean([r["recall20"] for r in rows if fields.items() <= r.items()]))

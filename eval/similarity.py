@@ -74,7 +74,7 @@ def attention(side: ResidentSide, context: Context) -> dict[str, Float[np.ndarra
     cache = prefill(side, start)[1] if context == "joint" else _assembled(side)
     ids, positions = padded(prompt.question, np.arange(start, end), side.rows(end - start, "question"))
     each = np.eye(cfg.num_layers, dtype=np.float32)[:, :, None] * np.full(cfg.num_heads, 1 / cfg.num_heads, np.float32)
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for rows in ROWS:
         def scores(weights, rows=rows, cache=cache):
             return embed_and_score(model.params, cfg, Scoring(layers="all", rows=rows), ids, positions,
@@ -143,7 +143,7 @@ def run(config: ConfigDict) -> list[Path]:
         raise BadInput(f"{found[0]} exists: name another --config.out, or delete it")
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
-    tokenizer = located(config.primary)
+    tokenizer, commit = located(config.primary), machine.commit()
     lab = Lab(*(load_model(located(name), dtype=config.dtype) for name in (config.primary, config.aux)))
     asked: list[tuple[str, Sample, int]] = []
     for job in jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
@@ -158,7 +158,7 @@ def run(config: ConfigDict) -> list[Path]:
     targets[0].write_text("".join(json.dumps(_rounded(row)) + "\n" for row in rows), encoding="utf-8")
     tokens = [len(sample.context) for _, sample, _ in asked]
     about = (f"{config.primary} (primary), {config.aux} (aux), {config.dtype}, {machine.device()}, "
-             f"{datetime.date.today().isoformat()}, commit {machine.commit()}; {len(asked)} samples of "
+             f"{datetime.date.today().isoformat()}, commit {commit}; {len(asked)} samples of "
              f"{', '.join(dict.fromkeys(task for task, *_ in asked))} at {', '.join(map(str, config.lengths))} tokens, "
              f"{min(tokens)} to {max(tokens)} chunks.")
     layers = [model.config.num_layers for model in (lab.aux, lab.primary) if model is not None]
