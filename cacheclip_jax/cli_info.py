@@ -27,7 +27,7 @@ def info(primary: PrimaryOption = "", aux: AuxOption = "none", dtype: DtypeOptio
         _print(f"{each['count']} x {each['kind']} ({each['platform']}){more}")
     out.print(_attention(found["attention"], found["few_rows"]))
     copies = found["copies"]
-    _print(f"copies to the device: {'' if copies['pinned'] else 'not '}through pinned buffers. {copies['reason']}")
+    _print(f"copies to the device: {'' if copies['pinned'] else 'not '}through pinned pages. {copies['reason']}")
     _print(f"compiled programs: {found['compiled_programs']}")
     _print(f"pulled models: {found['models_directory']}")
     for role, each in found["models"].items():

@@ -7,9 +7,10 @@ while programs are launched. Here a page is one call of a few microseconds, and 
 from __future__ import annotations
 
 import ctypes
-from collections import defaultdict
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import jax
@@ -78,7 +79,8 @@ class RowBuffers:
 
     def __init__(self, layout: PageLayout, sharding: Sharding, stream: Stream):
         self.layout, self.stream, self._sharding = layout, stream, sharding
-        self._free: defaultdict[int, list[jax.Array]] = defaultdict(list)  # by R
+        self._free: OrderedDict[int, list[jax.Array]] = OrderedDict()  # by R, those given back last at the end
+        self._lock = Lock()
 
     @classmethod
     def of(cls, layout: PageLayout, sharding: Sharding) -> RowBuffers | None:
@@ -88,17 +90,21 @@ class RowBuffers:
 
     def borrow(self, rows: int, count: int) -> list[jax.Array]:
         """`count` arrays of `rows` rows for each layer of a block."""
-        free, shape = self._free[rows], (len(self.layout.blocks[0]), rows, self.layout.head_dim)
-        found = [free.pop() for _ in range(min(count, len(free)))]
+        shape = len(self.layout.blocks[0]), rows, self.layout.head_dim
+        with self._lock:
+            free = self._free.get(rows, [])
+            found = [free.pop() for _ in range(min(count, len(free)))]
         new = [jnp.zeros(shape, self.layout.dtype, device=self._sharding) for _ in range(count - len(found))]
         return found + jax.block_until_ready(new)
 
     def give_back(self, buffers: Sequence[jax.Array]) -> None:
         """Return borrowed arrays; the sizes borrowed last are kept."""
         rows = buffers[0].shape[1]
-        self._free[rows] = [*self._free.pop(rows, []), *buffers]
-        while len(self._free) > self.kept_sizes:
-            del self._free[next(iter(self._free))]
+        with self._lock:
+            self._free.setdefault(rows, []).extend(buffers)
+            self._free.move_to_end(rows)
+            while len(self._free) > self.kept_sizes:
+                self._free.popitem(last=False)
 
     def fill(self, buffer: jax.Array, block: int, chunks: Sequence[HostChunk], offsets: Sequence[int],
              rows: Sequence[int]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 from rich.progress import track
 
 from cacheclip_jax import Budget, CacheClip, Scoring
@@ -15,9 +14,7 @@ from cacheclip_jax.documents import read_documents
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import AuxGuided, Method, make, takes_budget
 from cacheclip_jax.model.pull import MODELS, pull
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, see configs/ask.py.", lock_config=True)
-flags.mark_flag_as_required("config")
+from eval.script import start
 
 
 def run(config) -> Path:
@@ -57,11 +54,10 @@ def configured(config, name: str) -> Method:
     return AuxGuided(budget, Scoring(**settings))
 
 
-def main(argv: list[str]) -> None:
-    """absl's entry point."""
-    del argv
-    print(run(_CONFIG.value))
+def main(config: ConfigDict) -> None:
+    """The script."""
+    print(run(config))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main, "What to run, see configs/ask.py.")

@@ -17,18 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from jax import lax
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from cacheclip_jax.attention import causal_attention, choose, row_attention, row_attention_reference
 from cacheclip_jax.attention.mosaic_gpu import SMEM, Blocks, blocks_for, mosaic_gpu
 from eval.machine import commit, device, versions
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure, see configs/bench.", lock_config=True)
-flags.mark_flag_as_required("config")
+from eval.script import start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +180,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return out
 
 
-def main(argv: list[str]) -> None:
-    """absl's entry point."""
-    del argv
-    Console().print(table(run(_CONFIG.value)))
+def main(config: ConfigDict) -> None:
+    """The script."""
+    Console().print(table(run(config)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main, "What to measure, see configs/bench.")

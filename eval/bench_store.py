@@ -19,14 +19,11 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from cacheclip_jax.store import ChunkStore, Passage, Space
 from cacheclip_jax.version import __version__
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure, see configs/bench.", lock_config=True)
-flags.mark_flag_as_required("config")
+from eval.script import start
 
 
 def run(config) -> dict[str, Any]:
@@ -211,9 +208,9 @@ def _file_system(path: Path) -> str:
     return found.stdout.strip() or "unknown"
 
 
-def main(_: list[str]) -> None:
-    print(json.dumps(run(_CONFIG.value), indent=1))
+def main(config: ConfigDict) -> None:
+    print(json.dumps(run(config), indent=1))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main, "What to measure, see configs/bench.")

@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from cacheclip_jax import CacheClip
@@ -27,9 +26,7 @@ from cacheclip_jax.online import full_prefill
 from cacheclip_jax.store import ChunkStore
 from eval import synthetic
 from eval.machine import commit, device, versions
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure, see configs/bench.", lock_config=True)
-flags.mark_flag_as_required("config")
+from eval.script import start
 
 
 def copy_rate() -> float:
@@ -82,10 +79,9 @@ def decode(clip: CacheClip, config: Any) -> dict[str, Any]:
             "copy_bandwidth": copy_rate()}
 
 
-def main(argv: list[str]) -> None:
-    """absl's entry point."""
-    del argv
-    config, console = _CONFIG.value, Console()
+def main(config: ConfigDict) -> None:
+    """The script."""
+    console = Console()
     about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(), "versions": versions(),
              "command": " ".join(["python -m eval.bench_throughput", *sys.argv[1:]]), "model": config.primary,
              "dtype": config.dtype}
@@ -102,4 +98,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main, "What to measure, see configs/bench.")

@@ -21,8 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -37,9 +36,7 @@ from cacheclip_jax.score import SCORINGS
 from cacheclip_jax.store import ChunkStore, Passage
 from eval import synthetic
 from eval.machine import commit, device, versions
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure, see configs/bench.", lock_config=True)
-flags.mark_flag_as_required("config")
+from eval.script import start
 
 QUESTION = "Who is responsible for the pilot boat Kestrel, and what is the phone extension of that person?"
 STAGES = ("score", "select", "load", "recompute", "encode")
@@ -286,10 +283,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return out
 
 
-def main(argv: list[str]) -> None:
-    """absl's entry point."""
-    del argv
-    config = _CONFIG.value
+def main(config: ConfigDict) -> None:
+    """The script."""
     target, rows = Path(config.out), []
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a" if config.append else "w", encoding="utf-8") as file:
@@ -303,4 +298,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main, "What to measure, see configs/bench.")

@@ -22,11 +22,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from cacheclip_jax.errors import ChunkCorrupt, StoreError
 from cacheclip_jax.store import ChunkStore, Passage, Space
+from eval.script import start
 
 SPACE = Space("faulty", "faulty", "bfloat16", (1, 2, 3), num_layers=4, num_kv_heads=2, head_dim=32)
 TOKENS, CHUNKS = 48, 300
@@ -366,8 +366,7 @@ def ok(found: dict[str, Any]) -> bool:
     )
 
 
-def main(_: list[str]) -> None:
-    config = flags.FLAGS.config
+def main(config: ConfigDict) -> None:
     result = run(config)
     print(json.dumps(result, indent=1))
     with suppress(FileExistsError):
@@ -377,6 +376,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Which faults, see configs/bench.", lock_config=True)
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    start(main, "Which faults, see configs/bench.")

@@ -19,8 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -49,10 +48,8 @@ from eval.pool import Answer, Pool
 from eval.presets import Entry, entries
 from eval.rows import Row
 from eval.samples import Job, jobs, prepared, shard
+from eval.script import start
 from eval.tasks import Sample
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, see configs/quality/.", lock_config=True)
-flags.mark_flag_as_required("config")
 
 FULL = Entry(Full(), "", None)
 # What a run may be gone on with after a change: it doesn't change what is asked.
@@ -212,13 +209,11 @@ def target(config: ConfigDict) -> Path:
     return out if of == "1" else out.with_name(f"{out.stem}.{number}of{of}{out.suffix}")
 
 
-def main(argv: list[str]) -> None:
-    """absl's entry point."""
-    del argv
-    config = _CONFIG.value
+def main(config: ConfigDict) -> None:
+    """The script."""
     done = run(config)
     print(done if done else f"{config.budget_seconds} seconds are over: run the same command again to go on")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main, "What to run, see configs/quality/.")

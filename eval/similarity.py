@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from absl import app, flags
 from jaxtyping import Float
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.progress import track
 
 from cacheclip_jax.assemble import KVCache, place
@@ -34,6 +33,7 @@ from eval import machine
 from eval.lab import Lab, ResidentSide, located
 from eval.plot_similarity import draw
 from eval.samples import jobs, made
+from eval.script import start
 from eval.tasks import Sample
 
 Context = Literal["joint", "cached"]
@@ -176,13 +176,10 @@ def _rounded(row: Row) -> Row:
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def main(argv: list[str]) -> None:
-    """absl's entry point."""
-    del argv
-    print(*run(flags.FLAGS.config), sep="\n")
+def main(config: ConfigDict) -> None:
+    """The script."""
+    print(*run(config), sep="\n")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "What to compare, see configs/quality/.", lock_config=True)
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    start(main, "What to compare, see configs/quality/similarity.py.")

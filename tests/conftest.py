@@ -19,6 +19,7 @@ from cacheclip_jax.model.params import init
 from cacheclip_jax.model.pull import pull
 from cacheclip_jax.recompute import recompute
 from cacheclip_jax.score import Scoring, embed_and_score
+from cacheclip_jax.store import ChunkStore
 from tests.checkpoints import write_pair
 
 _BASE = dict(num_layers=3, d_model=32, d_mlp=64, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96,
@@ -91,6 +92,12 @@ def scores_over(params, cfg: ModelConfig, scoring: Scoring, ids, positions, last
 def max_diff(a, b) -> float:
     """Largest absolute difference, in float32."""
     return float(jnp.abs(jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32)).max())
+
+
+@pytest.fixture
+def store(tmp_path) -> ChunkStore:
+    """An empty store on a disk."""
+    return ChunkStore.open(tmp_path / "store")
 
 
 @pytest.fixture(scope="session")

@@ -49,11 +49,12 @@ class ResidentSide:
 
     def __init__(self, model: tuple[Any, Any], lengths=(5, 24, 17, 30, 9), stop_ids=(), seed: int = 0):
         cfg, params = model
-        self.model = SimpleNamespace(params=params, config=cfg, attention=SimpleNamespace(name="blocked"), name="tiny",
+        self.model = SimpleNamespace(params=params, asking=params, config=cfg, name="tiny",
+                                     attention=SimpleNamespace(name="blocked"),
                                      tokenizer=SimpleNamespace(identity="tiny", eos_ids=stop_ids))
         prefix, *chunks, question = random_prompt(cfg, lengths, seed)
         spans = [tuple((i, i + 1) for i in range(len(c))) for c in chunks]
-        self.prompt = Prompt(tuple(map(int, prefix)), tuple(Encoded(tuple(map(int, c)), s) for c, s in
+        self.prompt = Prompt(tuple(map(int, prefix)), tuple(Encoded(tuple(map(int, c)), s, "x" * len(c)) for c, s in
                                                             zip(chunks, spans, strict=True)), tuple(map(int, question)))
         self.slots, self.sharding = SLOTS, params.embed.sharding
         self.watched: list[str] = []

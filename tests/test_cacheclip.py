@@ -13,7 +13,7 @@ from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.ranking import rank
 from cacheclip_jax.select import select
 from cacheclip_jax.store import ChunkStore
-from tests.test_engine import OTHER, QUESTION, TEXTS
+from tests.engine import OTHER, QUESTION, TEXTS
 
 EVERYTHING = AuxGuided(
     Budget(ratio=0.3), Scoring(rows=4, values=True, second_pass=0.2, look_ahead=3), Sentences(longest=12),

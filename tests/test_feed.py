@@ -17,7 +17,7 @@ from cacheclip_jax.model.load import load_model
 from cacheclip_jax.pages import HostPages, PageLayout
 from cacheclip_jax.tier import Tier
 from tests.conftest import TINY, max_diff, stacked
-from tests.test_engine import QUESTION, TEXTS
+from tests.engine import QUESTION, TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,19 @@ def test_what_lies_on_the_device_is_read_from_nowhere_else(models, store, monkey
     assert max_diff(prefilled(clip, TEXTS).logits, first.logits) == 0
     with pytest.raises(StoreError, match="nothing may be read"):
         prefilled(clip, [*TEXTS, "the dog sat on another mat"])
+
+
+def test_a_buffer_is_lent_to_one_request_at_a_time_and_few_sizes_are_kept(models):
+    cfg, sharding = models[0].config, models[0].params.embed.sharding
+    buffers = copies.RowBuffers(PageLayout.of(cfg, np.dtype("float32"), 1), sharding, CopyOnHost(None))
+    first, second = buffers.borrow(8, 2), buffers.borrow(8, 2)
+    assert len({b.unsafe_buffer_pointer() for b in (*first, *second)}) == 4
+    buffers.give_back(first)
+    again = buffers.borrow(8, 3)
+    assert {id(b) for b in first} < {id(b) for b in again} and len(again) == 3
+    for size in (16, 24, 8):
+        buffers.give_back(buffers.borrow(size, 1))
+    assert list(buffers._free) == [24, 8]
 
 
 def test_pages_of_what_left_host_memory_are_used_again_and_never_while_somebody_holds_them(models, monkeypatch):

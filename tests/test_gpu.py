@@ -65,13 +65,13 @@ def test_ratio_one_and_one_chunk_at_ratio_zero_equal_full_prefill(model):
 def test_pages_reach_the_gpu_bit_for_bit_however_they_travel(pair, device_bytes):
     models = tuple(load_model(path, dtype="bfloat16") for path in pair)
     store = ChunkStore.open("memory://gpu")
-    texts = [f"{n} " + "the cat sat on the mat and looked at the moon " * (n % 3 + 1) for n in range(9)]
+    texts = [f"{n} " + "the cat sat on the mat and looked at the moon " * (n % 3 + 1) for n in range(6)]
     clip = CacheClip(*models, store, device_bytes=device_bytes)
     clip.index(map(Passage.make, texts))
     assert clip.primary.buffers is not None
     bare = CacheClip(*models, store, host_bytes=0)
     bare.primary.buffers = bare.aux.buffers = None
-    for chunks in (texts, texts[::-1], texts[:1], texts[3:7], texts, texts[::-1]):
+    for chunks in (texts, texts[::-1], texts[:1], texts[2:5], texts, texts[::-1]):
         expected, got = (c.prefill("what did the cat look at?", chunks) for c in (bare, clip))
         np.testing.assert_array_equal(np.asarray(expected.logits), np.asarray(got.logits))
         used = len(expected.prompt.ids)

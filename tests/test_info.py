@@ -41,7 +41,7 @@ def test_a_cpu_runs_blocked_attention_from_memory_that_is_not_pinned():
     assert {(a["rows"], a["reason"]) for a in found["attention"]} == {("blocked", blocked.reason)}
     assert found["copies"]["pinned"] is False and "CPU" in found["copies"]["reason"]
     shown = cacheclip("info")
-    assert shown.code == 0 and "blocked" in shown.out and "not through pinned buffers" in shown.out
+    assert shown.code == 0 and "blocked" in shown.out and "not through pinned pages" in shown.out
 
 
 @pytest.mark.parametrize("dtype, itemsize", [("bfloat16", 2), ("float16", 2), ("float32", 4)])

@@ -19,8 +19,8 @@ from cacheclip_jax.plan import Reshape
 from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import select
 from cacheclip_jax.store import ChunkStore, Passage
+from tests.engine import QUESTION, TEXTS
 from tests.resident import of_context, request
-from tests.test_engine import QUESTION, TEXTS
 
 RECOMPUTING = ["cacheblend", "epic", "prophetkv", "fusionrag", "a3", "specprefill", "oracle"]
 GROUP = {"specprefill": 32, "oracle": 8}

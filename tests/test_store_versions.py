@@ -10,11 +10,6 @@ from cacheclip_jax.store import versions as module
 from tests.chunks import SPACE, chunk, same_bits
 
 
-@pytest.fixture
-def store(tmp_path) -> ChunkStore:
-    return ChunkStore.open(tmp_path / "store")
-
-
 def version(number: int, size: int = 3, document: str = "doc") -> list[Passage]:
     return [Passage.make(f"text {i} of version {number} of {document}", document, i) for i in range(size)]
 

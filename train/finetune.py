@@ -16,16 +16,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from cacheclip_jax.engine import enable_compilation_cache
-from cacheclip_jax.errors import BadInput, CacheClipError
+from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.adapter import save_adapter
 from cacheclip_jax.model.load import load_model, load_tokenizer
 from cacheclip_jax.model.pull import MODELS, pull
 from eval.machine import commit, device
+from eval.script import start
 from train.benchmark import benchmark_examples
 from train.corpus import corpus_examples
 from train.dataset import Asked, lessons, read_prompts
@@ -38,8 +39,6 @@ from train.training import Trained, train
 from train.verdicts import judge, read_verdicts
 
 STAGES = ("examples", "verdicts", "adapter")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to train, see configs/train/.", lock_config=True)
-
 
 def finetune(run: Settings, until: str = "adapter", command: str = "") -> Path:
     """Run the stages up to one of STAGES; returns the file or folder that the last one made."""
@@ -118,17 +117,11 @@ def _rounded(recalls: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in recalls.items()}
 
 
-def main(argv: list[str]) -> None:
-    """absl's entry point."""
-    del argv
+def main(config: ConfigDict) -> None:
+    """The script."""
     logging.set_verbosity(logging.WARNING)  # orbax tells all that it does
-    config = _CONFIG.value
-    try:
-        finetune(settings(config.to_dict()), config.until, " ".join(["python -m train.finetune", *sys.argv[1:]]))
-    except CacheClipError as e:
-        sys.exit(f"error: {e}")
+    finetune(settings(config.to_dict()), config.until, " ".join(["python -m train.finetune", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    start(main, "What to train, see configs/train/.")
