@@ -6,7 +6,7 @@ Programs are dispatched a few layers each and the device runs behind: nothing he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from cacheclip_jax.recompute import (
     reuse_span,
 )
 from cacheclip_jax.refine import refine
-from cacheclip_jax.score import Scoring, embed_and_score, layer_mean, score, score_span
+from cacheclip_jax.score import Scoring, embed_and_score, layer_mean, score_span
 from cacheclip_jax.side import LayerFeed, Side, bucketed
 
 if TYPE_CHECKING:
@@ -166,35 +166,36 @@ def question_scores(side: Side, scoring: Scoring, feed: LayerFeed | None) -> jax
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
                              f"{model.name}: the limit is {cfg.max_positions}. Draft fewer, or take shorter chunks.")
-    key, weights, wanted = scoring.key, scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
+    weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
+    depth = scoring.depth_in_spans(cfg.num_layers)
     further = bool(scoring.second_pass or scoring.look_ahead)
     read, positions = prompt.question, np.arange(start, end)
-    known: np.int32 | np.ndarray = np.int32(end - start - 1)  # index of the last row
+    known: Any = np.int32(end - start - 1)  # index of the last row
     if scoring.context == "alone":
         read = (*prompt.prefix, *prompt.question)
         positions, known = np.arange(len(read)), np.array([len(prompt.prefix), start], np.int32)
-    ids, positions = padded(read, positions, side.rows(len(read), "question"))
+    ids, positions, known = jax.device_put((*padded(read, positions, side.rows(len(read), "question")), known),
+                                           side.sharding)
     if feed is None:
         _, cache = prefill(side, start)
-        if not further:
-            return score(params, cfg, key, ids, positions, known, cache, how, weights)
-        x, scores, cache = embed_and_score(params, cfg, key, ids, positions, known, cache, how, weights)
-        return refine(side, scoring, (ids, positions, known), x, scores, cache)
-    ids, positions, known, total = jax.device_put((ids, positions, known, np.zeros(side.slots, np.float32)),
-                                                  side.sharding)
+        cache = KVCache(cache.k[:depth], cache.v[:depth])
+        x, scores, cache = embed_and_score(params, cfg, scoring, ids, positions, known, cache, how, weights)
+        return refine(side, scoring, (ids, positions, known), x, scores, cache) if further else scores
+    total = jax.device_put(np.zeros(side.slots, np.float32), side.sharding)
     x, kept = embed_rows(params, ids), []
     for number, block in enumerate(feed.blocks):
-        block = range(block.start, min(block.stop, scoring.depth(cfg.num_layers)))
+        block = range(block.start, min(block.stop, depth))
         if not block:
             break
         layers, scored = slice(block.start, block.stop), tuple(layer in wanted for layer in block)
-        given = (x, params.layers[layers], cfg, key, scored, positions, known, feed.take(number), feed.where,
-                 total, how)
+        given = (x, params.layers[layers], cfg, scoring.span_key, scored, positions, known, feed.take(number),
+                 feed.where, total, how)
         if scoring.context == "alone":
             x, total = alone_span(*given)
         else:
-            x, total, caches = score_span(*given, None if weights is None else weights[layers], further)
-            kept += caches
+            x, total, caches = score_span(*given, None if weights is None else weights[layers])
+            if further:
+                kept += caches
         feed.computed(total)
     scores = layer_mean(total, weights, len(wanted))
     if not further:

@@ -21,7 +21,7 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Params
 from cacheclip_jax.recompute import choose_rows, push_rows
-from cacheclip_jax.score import Scoring, context_scores, embed_and_score, score_rows
+from cacheclip_jax.score import Scoring, context_scores, embed_and_score, layer_mean, score_layers
 from cacheclip_jax.select import Budget, select_on_device
 from cacheclip_jax.side import Side
 
@@ -34,15 +34,15 @@ def refine(side: Side, scoring: Scoring, question: tuple[Any, Any, Any], x: Floa
     ran, `cache` is the assembled one with their keys and values, of as many layers. The cache is used up.
     """
     model, cfg, slots, end = side.model, side.model.config, cache.slots, len(side.prompt.ids)
-    key, weights, how = scoring.key, scoring.weights(cfg), model.attention.name
+    weights, how = scoring.weights(cfg), model.attention.name
     if scoring.second_pass:
         cache = repair_best(side, scores, scoring.second_pass, cache)
-        x, scores, cache = embed_and_score(model.asking, cfg, key, *question, cache, how, weights)
+        x, scores, cache = embed_and_score(model.asking, cfg, scoring, *question, cache, how, weights)
     if scoring.look_ahead:
         if end + scoring.look_ahead > slots:
             cache = widen(cache, bucket(end + scoring.look_ahead, 256))
-        ahead = look_ahead(model.asking, cfg, key, x, question[2], np.int32(end), cache, np.int32(scoring.look_ahead),
-                           padded_stop_ids(model), scoring.drafts, how, weights)
+        ahead = look_ahead(model.asking, cfg, scoring.key, x, question[2], np.int32(end), cache,
+                           np.int32(scoring.look_ahead), padded_stop_ids(model), scoring.drafts, how, weights)
         scores = scores + ahead[:slots]
     return scores
 
@@ -78,18 +78,22 @@ def look_ahead(params: Params, cfg: ModelConfig, scoring: Scoring, x: Float[Arra
     The row `last` of `x`, out of the last layer, gives the first token, which goes to position `start`. An end token
     ends the draft and has no row.
     """
+    wanted, nothing = scoring.layer_indices(cfg.num_layers), jnp.zeros(cache.slots, jnp.float32)
+    scored = tuple(layer in wanted for layer in range(cfg.num_layers))
+
     def going(carry):
         step, token, _, _ = carry
         return (step < steps) & ~(token == end_ids).any()
 
     def draft(carry):
         step, token, cache, total = carry
-        x = decoder.embed(params, token[None])
-        x, seen, cache = score_rows(params, cfg, scoring, x, (start + step)[None], jnp.int32(0), cache, how, weights)
+        x, seen, kept = score_layers(
+            decoder.embed(params, token[None]), params.layers, cfg, scoring, scored, (start + step)[None], jnp.int32(0),
+            tuple(zip(cache.k, cache.v, strict=True)), nothing, how, weights)
+        seen, cache = layer_mean(seen, weights, len(wanted)), KVCache(*zip(*kept, strict=True))
         total = total + seen if drafts == "mean" else jnp.maximum(total, seen)
         return step + 1, decoder.logits(params, cfg, x)[0].argmax(), cache, total
 
     first = decoder.logits(params, cfg, jax.lax.dynamic_slice_in_dim(x, last, 1))[0].argmax()
-    nothing = jnp.zeros(cache.slots, jnp.float32)
     drafted, _, _, total = jax.lax.while_loop(going, draft, (jnp.int32(0), first, cache, nothing))
     return total / jnp.maximum(drafted, 1) if drafts == "mean" else total

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.decode import padded_stop_ids
@@ -96,7 +97,7 @@ class Request:
 
     def _aux_scores(self, scoring: Scoring) -> Scores:
         started, aux = time.perf_counter(), self.aux
-        depth = scoring.depth(aux.model.config.num_layers)
+        depth = scoring.depth_in_spans(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
         self.primary.begin()
         try:
@@ -148,10 +149,16 @@ class Request:
         own, ours = side.prompt, self.prompt
         if side.model.tokenizer.identity == self.primary.model.tokenizer.identity:
             return context_scores(scores, np.int32(len(own.prefix)), bucket(ours.context_tokens))
-        ends = len(own.prefix) + np.cumsum(own.chunk_lengths)
-        parts = np.split(np.asarray(scores)[: ends[-1]], [len(own.prefix), *ends[:-1]])[1:]
-        return np.concatenate([map_scores(part, theirs.spans, chunk.spans)
-                               for part, theirs, chunk in zip(parts, own.chunks, ours.chunks, strict=True)])
+        return scores_between(np.asarray(scores), own, ours)
+
+
+def scores_between(scores: Float[np.ndarray, "S"], own: Prompt, target: Prompt) -> Float[np.ndarray, "C"]:
+    """A number per slot of a prompt -> one per context token of the same prompt in another tokenizer; see
+    `map_scores`."""
+    ends = len(own.prefix) + np.cumsum(own.chunk_lengths)
+    parts = np.split(scores[: ends[-1]], [len(own.prefix), *ends[:-1]])[1:]
+    return np.concatenate([map_scores(part, theirs.spans, chunk.spans)
+                           for part, theirs, chunk in zip(parts, own.chunks, target.chunks, strict=True)])
 
 
 def _check_layer(layer: int, num_layers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.precision import precision
-from cacheclip_jax.recompute import LayerCache, rows_over_cached, rows_over_loaded
+from cacheclip_jax.recompute import SPAN, LayerCache, embed_rows, rows_over_cached, rows_over_loaded
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,21 @@ class Scoring:
         """How many of the first layers must run: up to the last one that is scored, all where tokens are drafted."""
         return num_layers if self.look_ahead else self.layer_indices(num_layers)[-1] + 1
 
+    def depth_in_spans(self, num_layers: int) -> int:
+        """`depth` in whole spans: a layer more takes less than another program, of a shorter span, to compile."""
+        return min(-(-self.depth(num_layers) // SPAN) * SPAN, num_layers)
+
     @property
     def key(self) -> Scoring:
         """What compiled programs depend on: the settings that only say which of them run are left out, so that they
         share their programs."""
         return replace(self, context="cached", head_weights=None, second_pass=0.0, look_ahead=0, drafts="mean")
+
+    @property
+    def span_key(self) -> Scoring:
+        """`key` of programs that are told which of their layers are scored: they are the same whatever all layers
+        are."""
+        return replace(self.key, layers="all")
 
     def weights(self, cfg: ModelConfig) -> Float[np.ndarray, "L N"] | None:
         """`head_weights` as an array over all layers, zero for those that aren't scored; None without any.
@@ -136,60 +147,65 @@ SCORINGS = {
 }
 
 
-@partial(jax.jit, static_argnames=("cfg", "scoring", "scored", "how", "keep"), donate_argnames="x")
+@partial(jax.jit, static_argnames=("cfg", "scoring", "scored", "how"), donate_argnames="x")
 def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring,
                scored: tuple[bool, ...], positions: Int[Array, "T"], last: Int[Array, ""], rows: Float[Array, "B R H"],
                where: Placement, total: Float[Array, "S"], how: str = "blocked",
-               weights: Float[Array, "B N"] | None = None, keep: bool = False
+               weights: Float[Array, "B N"] | None = None
                ) -> tuple[Float[Array, "T D"], Float[Array, "S"], tuple[LayerCache, ...]]:
-    """The part of `score` that a span of layers does, over chunk caches just loaded; those that are `scored` add to
-    `total`, which `Scoring.weights` or `layer_mean` makes a score in the end. The assembled caches, the rows' own keys
-    and values in them, are returned where `keep` asks for them."""
+    """A span of layers for the question's rows, over chunk caches just loaded. Attention in those that are `scored` is
+    added to `total`, which `layer_mean` makes a score in the end. Beside it, the assembled caches with the rows' own
+    keys and values in them."""
     own, kept = row_of_slot(positions, where.first.shape[0]), []
     for nth, layer in enumerate(layers):
         q, kv = rows_over_loaded(x, layer, cfg, positions, rows[nth], where, own)
         attended, seen = _attend(q, kv, positions, last, scoring, scored[nth], how, _of(weights, nth))
         x, total = decoder.finish(x, attended, layer, cfg), total + seen
         kept.append(kv)
-    return x, total, tuple(kept) if keep else ()
+    return x, total, tuple(kept)
 
 
-@partial(jax.jit, static_argnames=("cfg", "scoring", "how"))
-def score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Array, "T"], positions: Int[Array, "T"],
-          last: Int[Array, ""], cache: KVCache, how: str = "blocked", weights: Float[Array, "L N"] | None = None
-          ) -> Float[Array, "S"]:
-    """Attention of the question's rows to every cache slot, reduced over rows, heads and layers.
-
-    `cache` holds prefix and context of the aux at slots 0.., the question's rows follow at `positions` (padding: -1, at
-    the end), `last` is the index of the last real row, `weights` are the scoring's for this model. Rows after softmax
-    sum to one over prefix, context and question, so scores of different chunks compare; the caller keeps the context's
-    slots.
-    """
-    depth = scoring.depth(cfg.num_layers)
-    cache = KVCache(cache.k[:depth], cache.v[:depth])
-    return score_rows(params, cfg, scoring, decoder.embed(params, ids), positions, last, cache, how, weights)[1]
-
-
-@partial(jax.jit, static_argnames=("cfg", "scoring", "how"), donate_argnames="cache")
-def embed_and_score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Array, "T"],
-                    positions: Int[Array, "T"], last: Int[Array, ""], cache: KVCache, how: str = "blocked",
-                    weights: Float[Array, "L N"] | None = None
+def embed_and_score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Any, "T"], positions: Int[Any, "T"],
+                    last: Int[Any, ""], cache: KVCache, how: str = "blocked", weights: Float[Any, "L N"] | None = None
                     ) -> tuple[Float[Array, "T D"], Float[Array, "S"], KVCache]:
-    """`score`, the rows as they leave the cache's last layer, and the cache with them in it. The cache is donated."""
-    return score_rows(params, cfg, scoring, decoder.embed(params, ids), positions, last, cache, how, weights)
+    """Attention of the question's rows to every cache slot, reduced over rows, heads and layers; the rows as they leave
+    the cache's last layer, and the cache with them in it. The cache is donated.
+
+    `cache` holds prefix and context of the aux at slots 0.., of the model's first layers; the question's rows follow at
+    `positions` (padding: -1, at the end), `last` is the index of the last real row, `weights` are the scoring's for
+    this model. Rows after softmax sum to one over prefix, context and question, so scores of different chunks compare;
+    the caller keeps the context's slots.
+    """
+    wanted, done = scoring.layer_indices(cfg.num_layers), []
+    x = embed_rows(params, ids)
+    total = jnp.zeros(cache.slots, jnp.float32, device=params.final_norm.sharding)  # where the next one will be
+    for start in range(0, len(cache.k), SPAN):
+        span = range(start, min(start + SPAN, len(cache.k)))
+        part = slice(span.start, span.stop)
+        x, total, kept = cached_score_span(
+            x, params.layers[part], cfg, scoring.span_key, tuple(layer in wanted for layer in span), positions, last,
+            tuple(zip(cache.k[part], cache.v[part], strict=True)), total, how, _of(weights, part))
+        done += kept
+    return x, layer_mean(total, weights, len(wanted)), KVCache(*zip(*done, strict=True))
 
 
-def score_rows(params: Params, cfg: ModelConfig, scoring: Scoring, x: Float[Array, "T D"], positions: Int[Array, "T"],
-               last: Int[Array, ""], cache: KVCache, how: str, weights: Float[Array, "L N"] | None
-               ) -> tuple[Float[Array, "T D"], Float[Array, "S"], KVCache]:
-    """`score` of embedded rows, and what the cache's layers, the first ones of the model, make of rows and cache."""
-    wanted, total, kept = scoring.layer_indices(cfg.num_layers), jnp.zeros(cache.slots, jnp.float32), []
-    for index, (layer, cached) in enumerate(zip(params.layers, zip(cache.k, cache.v, strict=True), strict=False)):
+def score_layers(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring,
+                 scored: tuple[bool, ...], positions: Int[Array, "T"], last: Int[Array, ""],
+                 caches: Sequence[LayerCache], total: Float[Array, "S"], how: str,
+                 weights: Float[Array, "B N"] | None
+                 ) -> tuple[Float[Array, "T D"], Float[Array, "S"], tuple[LayerCache, ...]]:
+    """What `score_span` does, over assembled caches."""
+    kept = []
+    for nth, (layer, cached) in enumerate(zip(layers, caches, strict=True)):
         q, kv = rows_over_cached(x, layer, cfg, positions, cached)
-        attended, seen = _attend(q, kv, positions, last, scoring, index in wanted, how, _of(weights, index))
+        attended, seen = _attend(q, kv, positions, last, scoring, scored[nth], how, _of(weights, nth))
         x, total = decoder.finish(x, attended, layer, cfg), total + seen
         kept.append(kv)
-    return x, layer_mean(total, weights, len(wanted)), KVCache(*zip(*kept, strict=True))
+    return x, total, tuple(kept)
+
+
+cached_score_span = jax.jit(score_layers, static_argnames=("cfg", "scoring", "scored", "how"),
+                            donate_argnames=("x", "caches"))
 
 
 def layer_mean(total: Float[Array, "S"], weights: Float[Any, "L N"] | None, layers: int) -> Float[Array, "S"]:

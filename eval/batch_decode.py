@@ -70,18 +70,19 @@ def put(batch: KVCache, cache: KVCache, row: Int[Array, ""]) -> KVCache:
 
 def first_tokens(model: Model, logits: Float[Array, "V"], slot: int, cache: KVCache, count: int) -> Reference:
     """The `count` most likely first tokens behind a full prefill's cache, which stays as it is; nothing waits."""
-    rows = jnp.arange(count - 1)
-    own = logits[None]
-    for done in range(1, count):
-        ids = jnp.pad(own.argmax(-1), (0, count - 1 - done))
-        further = continuation_logits(model.params, model.config, ids, jnp.where(rows < done, slot + rows, -1), cache,
-                                      model.attention.name)
-        own = jnp.concatenate([logits[None], further[:done]])
-    return _reference(own, np.array(model.tokenizer.eos_ids, np.int32))
+    rows, stop_ids = np.arange(count - 1), np.array(model.tokenizer.eos_ids, np.int32)
+    unknown = jnp.zeros((count - 1, len(logits)), logits.dtype, device=logits.sharding)
+    reference = _reference(logits, unknown, stop_ids)
+    for done in range(1, count):  # all rows each time, so that it is one program: those not known yet are padding
+        further = continuation_logits(model.params, model.config, reference.ids[:-1],
+                                      np.where(rows < done, slot + rows, -1), cache, model.attention.name)
+        reference = _reference(logits, further, stop_ids)
+    return reference
 
 
 @jax.jit
-def _reference(logits: Float[Array, "n V"], stop_ids: Int[Array, "M"]) -> Reference:
+def _reference(first: Float[Array, "V"], further: Float[Array, "m V"], stop_ids: Int[Array, "M"]) -> Reference:
+    logits = jnp.concatenate([first[None], further])
     ids = logits.argmax(-1)
     stops = (ids[:, None] == stop_ids).any(-1)
     return Reference(ids, logits, jnp.cumsum(stops) - stops == 0)

@@ -37,6 +37,11 @@ FRAME_SLACK = 4  # tokens by which a template's and a text's may differ where th
 _ROWS: dict[Stage, tuple[int, int]] = {"question": (128, 2), "repair": (256, 2), "prefill": (512, 8)}
 
 
+def located(model: str) -> str:
+    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
+    return str(pull(model).path) if model in MODELS else model
+
+
 def format_of(sample: Sample) -> PromptFormat:
     """How a sample's parts become a prompt: as they are, in the chat template unless its benchmark leaves that out."""
     return PromptFormat(instructions=sample.instructions, chunk="{text}", question="{question}",

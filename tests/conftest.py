@@ -18,6 +18,7 @@ from cacheclip_jax.model.config import Llama3Scaling, ModelConfig, Rope
 from cacheclip_jax.model.params import init
 from cacheclip_jax.model.pull import pull
 from cacheclip_jax.recompute import recompute
+from cacheclip_jax.score import Scoring, embed_and_score
 from cacheclip_jax.store import ChunkStore
 from tests.checkpoints import write_pair
 
@@ -80,6 +81,12 @@ def rows(params, cfg: ModelConfig, ids, positions, cache, pad: int = 0):
 def full_prefill(params, cfg: ModelConfig, ids, slots: int = 128):
     """Logits after a whole prompt, nothing reused."""
     return rows(params, cfg, ids, np.arange(len(ids)), empty(cfg, slots, params.embed.dtype))
+
+
+def scores_over(params, cfg: ModelConfig, scoring: Scoring, ids, positions, last, cache, how: str = "blocked"):
+    """What `embed_and_score` gives as scores; the cache stays."""
+    return embed_and_score(params, cfg, scoring, ids, positions, last, jax.tree.map(jnp.copy, cache), how,
+                           scoring.weights(cfg))[1]
 
 
 def max_diff(a, b) -> float:

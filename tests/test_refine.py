@@ -9,10 +9,10 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.refine import look_ahead, refine
-from cacheclip_jax.score import Scoring, embed_and_score, score
+from cacheclip_jax.score import Scoring, embed_and_score
 from cacheclip_jax.select import Budget, select
 from cacheclip_jax.side import bucketed
-from tests.conftest import assembled, full_prefill, max_diff, random_prompt, rows
+from tests.conftest import assembled, full_prefill, max_diff, random_prompt, rows, scores_over
 from tests.test_score import asked_over_cache, attention_by_hand
 
 PARTS = (5, 30, 20, 9)  # prefix, two chunks, question
@@ -29,7 +29,7 @@ def drafted(params, cfg, ids, count):
 def first_pass(params, cfg, parts, scoring):
     """The question's ids, positions and last row; its rows, their scores and the cache with them in it."""
     *question, cache = asked_over_cache(params, cfg, parts[:-1], parts[-1], 128)
-    return question, embed_and_score(params, cfg, scoring.key, *question, cache, "blocked", scoring.weights(cfg))
+    return question, embed_and_score(params, cfg, scoring, *question, cache, "blocked", scoring.weights(cfg))
 
 
 def prompt_of(parts) -> Prompt:
@@ -40,8 +40,8 @@ def prompt_of(parts) -> Prompt:
 
 def side_of(params, cfg, parts) -> SimpleNamespace:
     """What refining looks at of a model's side."""
-    model = SimpleNamespace(params=params, config=cfg, attention=SimpleNamespace(name="blocked"), name="tiny",
-                            tokenizer=SimpleNamespace(eos_ids=()))
+    model = SimpleNamespace(params=params, asking=params, config=cfg, attention=SimpleNamespace(name="blocked"),
+                            name="tiny", tokenizer=SimpleNamespace(eos_ids=()))
     return SimpleNamespace(model=model, prompt=prompt_of(parts), sharding=params.embed.sharding, rows=bucketed)
 
 
@@ -88,9 +88,9 @@ def test_a_second_pass_scores_over_the_cache_that_the_aux_repaired(qwen2, look_a
     mask = select(first[5:55], [30, 20], Budget(ratio=0.6))
     chosen = 5 + np.flatnonzero(mask)
     _, repaired = rows(params, cfg, np.concatenate(parts)[chosen], chosen, assembled(params, cfg, prefix, chunks, 128))
-    again = score(params, cfg, scoring.key, *asked, repaired)
+    again = scores_over(params, cfg, scoring, *asked, repaired)
     if look_ahead_tokens:
-        x, _, cache = embed_and_score(params, cfg, scoring.key, *asked, repaired)
+        x, _, cache = embed_and_score(params, cfg, scoring, *asked, repaired)
         again += look_ahead(params, cfg, scoring.key, x, asked[2], np.int32(64), cache, np.int32(2),
                             np.zeros(0, np.int32), "mean")
     assert max_diff(refined, again) < 1e-5
@@ -115,7 +115,7 @@ def test_drafted_tokens_find_room_where_the_cache_has_none_left(qwen2):
 
     def refined(slots):
         *asked, cache = asked_over_cache(params, cfg, parts[:-1], parts[-1], slots)
-        x, scores, cache = embed_and_score(params, cfg, scoring.key, *asked, cache)
+        x, scores, cache = embed_and_score(params, cfg, scoring, *asked, cache)
         return refine(side_of(params, cfg, parts), scoring, tuple(asked), x, scores, cache)
 
     assert len(refined(45)) == 45
@@ -125,6 +125,7 @@ def test_drafted_tokens_find_room_where_the_cache_has_none_left(qwen2):
 def test_look_ahead_needs_all_layers_and_other_scorings_only_those_scored():
     assert Scoring(layers=(3,)).depth(24) == 4 and Scoring(layers=(3,), second_pass=0.1).depth(24) == 4
     assert Scoring(layers=(3,), look_ahead=1).depth(24) == 24
+    assert [Scoring(layers=(n,)).depth_in_spans(25) for n in (0, 1, 2, 24)] == [2, 2, 4, 25]
 
 
 def test_the_first_drafted_token_is_the_one_that_the_question_predicts(qwen2):

@@ -15,8 +15,8 @@ from cacheclip_jax.model.rope import rotate
 from cacheclip_jax.online import execute, parallel_positions
 from cacheclip_jax.plan import Plan, Reshape, Tail
 from cacheclip_jax.recompute import continuation_logits
-from cacheclip_jax.score import Scoring, score
-from tests.conftest import TINY, assembled, full_prefill, max_diff, rows, stacked
+from cacheclip_jax.score import Scoring
+from tests.conftest import TINY, assembled, full_prefill, max_diff, rows, scores_over, stacked
 from tests.resident import SLOTS, by_hand, of_context, request
 
 
@@ -44,9 +44,9 @@ def test_cached_scores_of_the_primary_are_the_question_rows_attention_over_its_a
     cfg, params = qwen2
     r = request(qwen2)
     scoring = Scoring(layers="all", rows="mean")
-    expected = score(params, cfg, scoring, np.array(r.prompt.question, np.int32),
-                     np.arange(r.prompt.question_start, len(r.prompt.ids), dtype=np.int32),
-                     np.int32(len(r.prompt.question) - 1), cache_of(r, behind))[context(r.prompt)]
+    expected = scores_over(params, cfg, scoring, np.array(r.prompt.question, np.int32),
+                           np.arange(r.prompt.question_start, len(r.prompt.ids), dtype=np.int32),
+                           np.int32(len(r.prompt.question) - 1), cache_of(r, behind))[context(r.prompt)]
     np.testing.assert_allclose(of_context(r, r.primary_scores(scoring, behind)), expected, atol=1e-6)
 
 

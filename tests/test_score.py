@@ -14,8 +14,8 @@ from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.rope import rotate
-from cacheclip_jax.score import SCORINGS, Scoring, map_scores, score
-from tests.conftest import assembled, full_prefill, max_diff, random_prompt
+from cacheclip_jax.score import SCORINGS, Scoring, map_scores
+from tests.conftest import assembled, full_prefill, max_diff, random_prompt, scores_over
 
 
 @jax.default_matmul_precision("highest")
@@ -60,7 +60,7 @@ def test_scores_are_the_question_rows_attention_reduced_over_rows_heads_and_laye
         last = {"last": 1, "mean": 9, "max": 9}.get(rows, rows)
         expected += (seen.max(0) if rows == "max" else seen[-last:].mean(0)) / 2
     scoring = Scoring(layers=(0, -1), rows=rows, heads=heads)
-    scores = score(params, cfg, scoring, *asked_over_cache(params, cfg, [prefix, chunk], question), how)
+    scores = scores_over(params, cfg, scoring, *asked_over_cache(params, cfg, [prefix, chunk], question), how)
     assert max_diff(scores[: len(ids)], expected) < 1e-5
     assert np.all(np.asarray(scores[len(ids) :]) == 0)
 
@@ -70,7 +70,7 @@ def test_value_norms_weigh_each_head_s_attention(qwen2):
     prefix, chunk, question = random_prompt(cfg, (5, 30, 9))
     ids = np.concatenate([prefix, chunk, question])
     *rest, cache = asked_over_cache(params, cfg, [prefix, chunk], question)
-    scores = score(params, cfg, Scoring(layers=(1,), values=True), *rest, cache)
+    scores = scores_over(params, cfg, Scoring(layers=(1,), values=True), *rest, cache)
     norms = np.repeat(np.linalg.norm(np.asarray(cache.v[1]), axis=-1), cfg.num_heads // cfg.num_kv_heads, 0)
     expected = (attention_by_hand(params, cfg, ids, 1)[-1, :, :35] * norms[:, :35]).mean(0)
     assert max_diff(scores[:35], expected) < 1e-5
@@ -83,12 +83,12 @@ def test_head_weights_replace_the_mean_over_layers_and_heads(qwen2):
     given = np.random.default_rng(0).random((2, cfg.num_heads))
     scoring = Scoring(layers=(0, 2), head_weights=tuple(map(tuple, given.tolist())))
     parts = asked_over_cache(params, cfg, [prefix, chunk], question)
-    scores = score(params, cfg, scoring.key, *parts, weights=scoring.weights(cfg))
+    scores = scores_over(params, cfg, scoring, *parts)
     seen = [attention_by_hand(params, cfg, ids, index)[-1] for index in (0, 2)]
     assert max_diff(scores[: len(ids)], sum(w @ s for w, s in zip(given, seen, strict=True))) < 1e-5
     even = Scoring(layers=(0, 2), head_weights=((1 / 8,) * 4,) * 2)
-    by_mean = score(params, cfg, Scoring(layers=(0, 2)), *parts)
-    assert max_diff(score(params, cfg, even.key, *parts, weights=even.weights(cfg)), by_mean) < 1e-6
+    by_mean = scores_over(params, cfg, Scoring(layers=(0, 2)), *parts)
+    assert max_diff(scores_over(params, cfg, even, *parts), by_mean) < 1e-6
 
 
 def test_head_weights_that_do_not_fit_the_model_are_refused(qwen2):
@@ -100,6 +100,7 @@ def test_settings_that_only_choose_programs_share_them():
     plain = Scoring(rows=4, values=True)
     assert replace(plain, look_ahead=8, drafts="max", second_pass=0.1, head_weights=((1.0,),)).key == plain.key
     assert replace(plain, context="joint").key == plain.key != replace(plain, rows=2).key
+    assert replace(plain, layers="last").span_key == plain.span_key != replace(plain, rows=2).span_key
 
 
 def test_a_token_whose_key_matches_the_question_gets_the_highest_score(qwen2):
@@ -113,7 +114,7 @@ def test_a_token_whose_key_matches_the_question_gets_the_highest_score(qwen2):
                jnp.arange(len(ids)), cfg.rope)
     group = cfg.num_heads // cfg.num_kv_heads
     planted = cache.k[0].at[:, 17].set(20 * q.reshape(cfg.num_kv_heads, group, len(ids), -1).mean(1)[:, last])
-    scores = score(params, cfg, Scoring(layers=(0,)), question, np.arange(len(prefix) + len(chunk), len(ids)),
+    scores = scores_over(params, cfg, Scoring(layers=(0,)), question, np.arange(len(prefix) + len(chunk), len(ids)),
                    np.int32(len(question) - 1), KVCache((planted, *cache.k[1:]), cache.v))
     assert int(np.argmax(scores)) == 17
 

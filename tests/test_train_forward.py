@@ -10,8 +10,8 @@ from cacheclip_jax.model.adapter import Factors, Lora, add_lora
 from cacheclip_jax.model.params import init
 from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.prompt import Prompt
-from cacheclip_jax.score import Scoring, score
-from tests.conftest import TINY, assembled, full_prefill, max_diff, random_prompt
+from cacheclip_jax.score import Scoring
+from tests.conftest import TINY, assembled, full_prefill, max_diff, random_prompt, scores_over
 from train.forward import encode_context, score_batch, stack_layers
 from train.packed import pack, stack
 from train.student import Design, all_head_weights, new_student
@@ -33,8 +33,7 @@ def online(params, cfg, prompt: Prompt, scoring: Scoring, reader=None) -> np.nda
     else:
         cache = assembled(params, cfg, prompt.prefix, [c.ids for c in prompt.chunks], SLOTS)
     packed = pack(prompt, SLOTS, ROWS)
-    scores = score(reader or params, cfg, scoring.key, packed.rows, packed.positions, packed.count - 1, cache,
-                   weights=scoring.weights(cfg))
+    scores = scores_over(reader or params, cfg, scoring, packed.rows, packed.positions, packed.count - 1, cache)
     return np.where(packed.context, np.asarray(scores), 0)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cacheclip_jax.recompute import continuation_logits
-from cacheclip_jax.score import Scoring, score
-from tests.conftest import assembled, full_prefill, max_diff
+from cacheclip_jax.score import Scoring
+from tests.conftest import assembled, full_prefill, max_diff, scores_over
 from tests.test_train_forward import ROWS, SLOTS, prompt_of
 from train.forward import stack_layers
 from train.packed import pack, stack
@@ -47,7 +47,8 @@ def test_attention_is_the_mean_over_the_rows_that_make_the_answer(judged, answer
     cfg, params, prompt, verdict = judged
     _, cache = full_prefill(params, cfg, prompt.ids[: prompt.question_start], SLOTS)
     ids, positions, *_ = answered
-    expected = score(params, cfg, Scoring(layers="all", rows=ANSWER).key, ids, positions, np.int32(len(ids) - 1), cache)
+    scoring, last = Scoring(layers="all", rows=ANSWER), np.int32(len(ids) - 1)
+    expected = scores_over(params, cfg, scoring, ids, positions, last, cache)
     context = slice(len(prompt.prefix), prompt.question_start)
     assert max_diff(verdict.scores["attention"][context], expected[context]) < 1e-5
     assert not verdict.scores["attention"][: context.start].any()
@@ -76,7 +77,7 @@ def test_tokens_after_the_end_do_not_count(judged):
     packed = stack([pack(prompt, SLOTS, ROWS, ANSWER)])
     ended = teach(stack_layers(params), cfg, packed, jnp.array([verdict.answer[0]]), Teaching(answer_tokens=ANSWER))
     assert ended.answer[0].tolist() == [verdict.answer[0], -1, -1, -1]
-    one = score(params, cfg, Scoring(layers="all").key, packed.rows[0], packed.positions[0], packed.count[0] - 1,
-                full_prefill(params, cfg, prompt.ids[: prompt.question_start], SLOTS)[1])
+    one = scores_over(params, cfg, Scoring(layers="all"), packed.rows[0], packed.positions[0], packed.count[0] - 1,
+                      full_prefill(params, cfg, prompt.ids[: prompt.question_start], SLOTS)[1])
     context = packed.context[0]
     assert max_diff(ended.scores["attention"][0][context], one[context]) < 1e-5
