@@ -126,11 +126,6 @@ def load_lab(primary: str, aux: str, dtype: str, adapter: Adapter | None) -> Lab
     return Lab(big, small, None if adapter is None else adapter.adapted(small))
 
 
-def located(model: str) -> str:
-    """A model's directory or file; those that `cacheclip pull` knows are fetched."""
-    return str(pull(model).path) if model in MODELS else model
-
-
 def adapter_of(directory: str, aux: str) -> Adapter | None:
     """What finetuning wrote to a directory ("": nothing). Raises BadInput where there is no aux model to change."""
     if not directory:

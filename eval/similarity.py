@@ -25,12 +25,11 @@ from rich.progress import track
 from cacheclip_jax.assemble import KVCache, place
 from cacheclip_jax.engine import enable_compilation_cache
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.model.load import load_model
 from cacheclip_jax.online import padded, prefill
 from cacheclip_jax.request import scores_between
 from cacheclip_jax.score import Scoring, embed_and_score
 from eval import machine
-from eval.lab import Lab, ResidentSide, located
+from eval.lab import ResidentSide, load_lab, located
 from eval.plot_similarity import draw
 from eval.samples import jobs, made
 from eval.script import start
@@ -144,7 +143,7 @@ def run(config: ConfigDict) -> list[Path]:
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     tokenizer, commit = located(config.primary), machine.commit()
-    lab = Lab(*(load_model(located(name), dtype=config.dtype) for name in (config.primary, config.aux)))
+    lab = load_lab(config.primary, config.aux, config.dtype, None)
     asked: list[tuple[str, Sample, int]] = []
     for job in jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
                     seed=config.seed):
@@ -152,9 +151,10 @@ def run(config: ConfigDict) -> list[Path]:
         asked += [(job.name, sample, of.slots) for sample in of.samples]
     rows: list[Row] = []
     for task, sample, slots in track(asked, "comparing"):
-        primary, aux = lab.sides(sample, slots, 1)
-        assert aux is not None
-        rows += [{"run": config.run, "task": task, "sample": sample.id, **row} for row in compare(primary, aux)]
+        sides = lab.sides(sample, slots, 1)
+        assert sides.aux is not None
+        compared = compare(sides.primary, sides.aux)
+        rows += [{"run": config.run, "task": task, "sample": sample.id, **row} for row in compared]
     targets[0].write_text("".join(json.dumps(_rounded(row)) + "\n" for row in rows), encoding="utf-8")
     tokens = [len(sample.context) for _, sample, _ in asked]
     about = (f"{config.primary} (primary), {config.aux} (aux), {config.dtype}, {machine.device()}, "

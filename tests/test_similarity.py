@@ -45,12 +45,12 @@ def test_a_layer_s_attention_is_the_score_that_methods_get_of_it(long_pair, cont
     sides = lab.sides(sample(), 2048, 8)
     over = request(sides)
     total = over.prompt.context_tokens
-    for side in sides:
+    for side in (sides.primary, sides.aux):
         assert side is not None
         for rows, by_layer in attention(side, context).items():
             for layer, scores in enumerate(by_layer):
                 scoring = Scoring(layers=(layer,), rows=rows, context=context)
-                wanted = over.aux_scores(scoring) if side is sides[1] else over.primary_scores(scoring, "shared")
+                wanted = over.aux_scores(scoring) if side is sides.aux else over.primary_scores(scoring, "shared")
                 assert max_diff(scores_between(scores, side.prompt, over.prompt), wanted[:total]) < 1e-6
 
 
