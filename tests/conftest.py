@@ -94,6 +94,13 @@ def max_diff(a, b) -> float:
     return float(jnp.abs(jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32)).max())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs after every module: each takes memory maps, of which a process has some 65,000."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def store(tmp_path) -> ChunkStore:
     """An empty store on a disk."""
