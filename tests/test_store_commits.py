@@ -176,3 +176,10 @@ def test_a_full_disk_loses_nothing_that_was_committed(store, tmp_path):
     assert same_bits(store.read(SPACE, ids, passage.id).result(), kv)
     write_random_chunks(tmp_path / "store", 2)
     assert store.verify() == [] and len(list(store.entries())) == 3
+
+
+def test_killing_the_writer_loses_nothing(tmp_path):
+    done = kill_index("--kills", 2, "--span", 0.3, "--chunks", 60, "--store", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["kills"] == 2 and summary["lost"] == [] and summary["completed"]

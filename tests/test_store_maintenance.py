@@ -1,6 +1,5 @@
 """The chunk store: stats, verify, removal, garbage collection."""
 
-import json
 import os
 import time
 from dataclasses import replace
@@ -94,10 +93,3 @@ def test_what_is_being_read_can_be_removed_and_is_still_read(store):
     lazy, eager = (store.read(SPACE, ids, passage.id, eager=eager) for eager in (False, True))
     assert store.gc(0).chunks == 1 and not store.has(SPACE, ids)
     assert same_bits(lazy.layer(1), kv[1]) and same_bits(lazy.result(), kv) and same_bits(eager.result(), kv)
-
-
-def test_killing_the_writer_loses_nothing(tmp_path):
-    done = kill_index("--kills", 2, "--span", 0.3, "--chunks", 60, "--store", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads(done.stdout)
-    assert summary["kills"] == 2 and summary["lost"] == [] and summary["completed"]
