@@ -1,5 +1,6 @@
 """The chunk store: what was committed is there, whole, for everyone; nothing else ever is."""
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacheclip_jax.errors import BadInput
+from cacheclip_jax.errors import BadInput, ChunkCorrupt
 from cacheclip_jax.store import LAYOUT_VERSION, ChunkStore, Passage, files, is_chunk_id
 from tests.chunks import SPACE, chunk, put, same_bits
 
@@ -55,6 +56,28 @@ def test_layers_stream_into_callers_buffers_from_many_threads(where, tmp_path):
     for bad in (staging[0], np.empty(kv[0].shape, np.int8), np.empty_like(kv[0]).swapaxes(0, 1)):
         with pytest.raises(BadInput, match="C-contiguous"):
             pending.read_layer_into(0, bad)
+
+
+@pytest.mark.parametrize("kind", ["exact", "int8"])
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_a_chunk_is_read_into_pieces_of_any_size_and_checked(where, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_MOST_BUFFERS", 3)  # of one call: several are needed
+    store = ChunkStore.open(tmp_path if where == "file" else f"memory://{tmp_path.name}")
+    space = replace(SPACE, kv=kind)
+    passage, ids, kv = put(store, 0, space)
+    expected = store.read(space, ids, passage.id).result()
+    layers = np.zeros((3, expected[0].nbytes), np.uint8)
+    cuts = (0, 1, 200, 512, layers.shape[1])
+    pieces = [[row[a:b] for a, b in itertools.pairwise(cuts)] for row in layers]
+    store.read(space, ids, passage.id, eager=False).read_scattered(pieces)
+    assert layers.tobytes() == expected.tobytes()
+    if where == "file":
+        (path,) = tmp_path.glob("kv/*/??/*.kv")
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ChunkCorrupt, match="layer 2 fails its checksum"):
+            store.read(space, ids, passage.id, eager=False).read_scattered(pieces)
 
 
 def test_zeros_are_stored_like_any_other_values(store):

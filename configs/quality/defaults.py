@@ -37,6 +37,14 @@ def base() -> ml_collections.ConfigDict:
     })
 
 
+def of_half(run: str, split: str) -> ml_collections.ConfigDict:
+    """`base` for a run on one half of the data; the tuning half's is called after it."""
+    config = base()
+    config.run = run if split == "report" else f"{run}-{split}"
+    config.out, config.split = f"runs/{config.run}.jsonl", split
+    return config
+
+
 CACHECLIP = ("late", "look-ahead", "second-pass", "refined", "paper")
 RIVALS = ("cacheblend", "epic", "prophetkv", "fusionrag", "a3", "specprefill", "oracle")
 RIVALS_BEHIND_THE_PREFIX = ("cacheblend", "epic", "prophetkv")

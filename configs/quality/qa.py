@@ -14,10 +14,8 @@ from configs.quality import defaults
 
 def get_config(split: str = "report") -> ml_collections.ConfigDict:
     """All of it, 100 samples a task where there are so many."""
-    config = defaults.base()
+    config = defaults.of_half("qa", split)
     config.update({
-        "run": "qa" if split == "report" else f"qa-{split}",
-        "out": "runs/qa.jsonl" if split == "report" else f"runs/qa-{split}.jsonl",
         "tasks": (
             *({"task": "nq", "name": f"nq_{n}", "distractors": n, "data": defaults.TEXT} for n in (10, 20)),
             {"task": "kv", "data": "kv_retrieval_75_keys_300.jsonl.gz"},
@@ -29,6 +27,5 @@ def get_config(split: str = "report") -> ml_collections.ConfigDict:
         "lengths": (),
         "count": 100,
         "methods": defaults.methods((0.05, 0.1, 0.2)),
-        "split": split,
     })
     return config

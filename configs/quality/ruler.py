@@ -18,10 +18,8 @@ TEXT = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", 
 
 def get_config(split: str = "report") -> ml_collections.ConfigDict:
     """All of it, 50 samples a task and length."""
-    config = defaults.base()
+    config = defaults.of_half("ruler", split)
     config.update({
-        "run": "ruler" if split == "report" else f"ruler-{split}",
-        "out": "runs/ruler.jsonl" if split == "report" else f"runs/ruler-{split}.jsonl",
         "tasks": (
             "niah_single_1", "niah_multikey_2", "niah_multikey_3",
             *({"task": name, "data": defaults.TEXT} for name in TEXT),
@@ -30,6 +28,5 @@ def get_config(split: str = "report") -> ml_collections.ConfigDict:
         ),
         "lengths": (4096, 8192),
         "methods": defaults.methods((0.05, 0.1, 0.2)),
-        "split": split,
     })
     return config
