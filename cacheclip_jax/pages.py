@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from cacheclip_jax.model.config import ModelConfig
 
 PAGE_TOKENS = 256
-PAGE_BYTES = 2 << 20  # at least: as arrays from pinned memory, pages of 1 MB reach an H100 at 26 GB/s, of 2 MB at 44
+PAGE_BYTES = 2 << 20  # at least: smaller copies don't reach the bus's rate
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ class HostChunk:
 class HostPages:
     """Makes chunk caches in host memory for one model's device.
 
-    On a GPU they are pinned: copies run at the bus's speed then (48 GB/s where pageable memory gives 29 on an H100),
-    beside the computation. Pinned pages are used again when nobody holds their chunk any more; whoever has a copy under
+    On a GPU they are pinned: copies run at the bus's speed then, beside the computation. Pinned pages are used again when nobody holds their chunk any more; whoever has a copy under
     way must hold it. Pages of a CPU are never used again, since a copy there may be the same memory.
     """
 
