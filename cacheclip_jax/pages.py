@@ -87,9 +87,9 @@ class HostChunk:
 class HostPages:
     """Makes chunk caches in host memory for one model's device.
 
-    On a GPU they are pinned: copies run at the bus's speed then, beside the computation. Pinned pages are used again when
-    nobody holds their chunk any more; whoever has a copy under way must hold it. Pages of a CPU are never used again,
-    since a copy there may be the same memory.
+    On a GPU they are pinned: copies run at the bus's speed then, beside the computation. Pinned pages are used again
+    when nobody holds their chunk any more; whoever has a copy under way must hold it. Pages of a CPU are never used
+    again, since a copy there may be the same memory.
     """
 
     def __init__(self, layout: PageLayout, sharding: Sharding):
