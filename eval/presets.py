@@ -8,12 +8,14 @@ from typing import Any
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Groups, Sentences, Windows
-from cacheclip_jax.methods import METHODS, Method, make, takes_budget
+from cacheclip_jax.methods import METHODS, Method
 from cacheclip_jax.model.adapter import Adapter
 from cacheclip_jax.ranking import Ranking
 from cacheclip_jax.score import SCORINGS, Scoring
 from cacheclip_jax.select import Budget
+from eval.teacher import Teacher
 
+KINDS: dict[str, Callable[..., Method]] = {**METHODS, Teacher.name: Teacher}
 ADAPTER = "adapter"  # CacheClip's preset with a finetuned aux model and its scoring, where a run names one
 # method -> preset -> settings. A method without a preset is as it comes.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -69,8 +71,8 @@ def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[En
     given = dict(asked)
     name, preset = given.pop("method"), given.pop("preset", "")
     label, ratios = given.pop("label", preset), given.pop("ratios", ())
-    if name not in METHODS:
-        raise BadInput(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}")
+    if name not in KINDS:
+        raise BadInput(f"method {name!r} is unknown: choose one of {', '.join(KINDS)}")
     adapted = (name, preset) == ("cacheclip", ADAPTER)
     if adapted and adapter is None:
         raise BadInput(f"the preset {ADAPTER} needs a finetuned aux model: name its directory as "
@@ -78,7 +80,8 @@ def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[En
     named = {**PRESETS.get(name, {}), **({ADAPTER: {"scoring": adapter}} if adapted else {})}
     if preset and preset not in named:
         raise BadInput(f"{name} has no preset {preset!r}: choose one of {', '.join(named) or 'none'}")
-    if ratios and not takes_budget(name):
+    known = KINDS[name].__dataclass_fields__
+    if ratios and "budget" not in known:
         raise BadInput(f"the method {name} recomputes a fixed share of the context: leave ratios out")
     settings = {**named.get(preset, {}), **given}
     if ratios and "budget" in settings:
@@ -86,11 +89,10 @@ def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[En
     try:
         settings = {key: _made(key, value) for key, value in settings.items()}
         budgets = [Budget(ratio=ratio) for ratio in ratios] or [settings.pop("budget", None)]
-        return [Entry(make(name, budget, **settings), label, None if budget is None else budget.ratio, adapted)
-                for budget in budgets]
+        return [Entry(KINDS[name](**settings) if budget is None else KINDS[name](budget=budget, **settings), label,
+                      None if budget is None else budget.ratio, adapted) for budget in budgets]
     except TypeError as e:
-        known = ", ".join(METHODS[name].__dataclass_fields__)
-        raise BadInput(f"{name} can't be made of {', '.join(settings)}: it has {known} ({e})") from None
+        raise BadInput(f"{name} can't be made of {', '.join(settings)}: it has {', '.join(known)} ({e})") from None
 
 
 def _made(key: str, value: Any) -> Any:

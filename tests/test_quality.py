@@ -44,7 +44,7 @@ def config(long_pair, data, tmp_path) -> ml_collections.ConfigDict:
     config = defaults.base()
     config.update({
         "run": "tiny", "out": str(tmp_path / "rows.jsonl"), "primary": str(long_pair[0]), "aux": str(long_pair[1]),
-        "dtype": "float32", "data": str(data), "methods": METHODS, "batch": 3, "workers": 0, "examples": 1,
+        "dtype": "float32", "data": str(data), "methods": METHODS, "batch": 3, "workers": 0, "examples": 1, "compilers": 0,
         "lengths": (2048,), "count": 1,
         "tasks": ({"task": "squad", "data": "squad.json", "distractors": 3, "count": 2, "lengths": ()},
                   {"task": "kv", "name": "kv-short", "data": "kv.jsonl", "records": 8})})
@@ -109,6 +109,12 @@ def test_selected_spans_are_the_recomputed_tokens_text(whole):
     assert abs(share - row.realised_ratio) < 0.15
     full = next(r for r in read_rows([whole]) if r.method == "full" and r.context)
     assert full.selected and sum(b - a for a, b in full.selected) == len("".join(full.context))
+
+
+def test_compiling_side_by_side_changes_no_rows(whole, config):
+    jax.clear_caches()
+    config.compilers = 3
+    close(rows(run(config)), rows(whole))
 
 
 @pytest.mark.parametrize("kept", [1, 7])

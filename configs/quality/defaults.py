@@ -33,6 +33,7 @@ def base() -> ml_collections.ConfigDict:
         "shard": "0/1",  # the part of the samples that this process does, and how many parts there are
         "batch": 32,  # sequences decoded together
         "workers": 12,  # processes that make samples ahead
+        "compilers": 8,  # threads that compile for a sample of a new size, 0: none but the run's own
         "budget_seconds": 0.0,  # stop after so long, to be gone on with; 0: never
     })
 
