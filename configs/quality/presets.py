@@ -3,7 +3,8 @@
     python -m eval.quality --config=configs/quality/presets.py --config.data=DIR
     python -m eval.report runs/presets*.jsonl --out results/presets
 
-The two ProphetKV columns, which use the primary's own attention, say what there is to reach.
+The two ProphetKV columns, which use the primary's own attention, and the oracles, which know full prefill, say what
+there is to reach.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from configs.quality import ablations, defaults
+from train.teach import TARGETS
 
 RATIOS = (0.02, 0.05)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,9 +50,12 @@ def get_config() -> ml_collections.ConfigDict:
                   {"task": "niah_multiquery", **TEXT}, "vt", "cwe", "fwe", {"task": "qa_1", "data": defaults.SQUAD},
                   {"task": "qa_2", "data": defaults.HOTPOT},
                   {"task": "nq", "name": "nq_20", "distractors": 20, "lengths": (), **TEXT}),
-        "methods": ({"method": "naive"},
+        "methods": ({"method": "naive"}, {"method": "naive", "preset": "none"},
                     *({**ablations.variant(label, **settings), "ratios": RATIOS}
                       for label, settings in SETTINGS.items()),
-                    *({"method": "prophetkv", "preset": preset, "ratios": RATIOS} for preset in ("", "shared"))),
+                    *({"method": "prophetkv", "preset": preset, "ratios": RATIOS} for preset in ("", "shared")),
+                    *({"method": "teacher", "label": target, "target": target, "ratios": RATIOS}
+                      for target in TARGETS),
+                    {"method": "oracle", "ratios": RATIOS}, {"method": "random", "ratios": RATIOS}),
     })
     return config
