@@ -26,6 +26,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "look-ahead": {"scoring": Scoring(look_ahead=8)},
         "second-pass": {"scoring": Scoring(second_pass=0.1)},
         "refined": {"scoring": Scoring(second_pass=0.1, look_ahead=8)},
+        "chunk-heads": {"heads_of_chunks": 4},
+        "no-prefix": {"prefix": "none"},
     },
     "naive": {"none": {"prefix": "none"}},
     # Rivals with what helps them here too: chunks behind the shared prefix, groups of 8.

@@ -46,13 +46,13 @@ def of_half(run: str, split: str) -> ml_collections.ConfigDict:
     return config
 
 
-CACHECLIP = ("late", "look-ahead", "second-pass", "refined", "paper")
+CACHECLIP = ("late", "look-ahead", "chunk-heads", "no-prefix", "paper")
 RIVALS = ("cacheblend", "epic", "prophetkv", "fusionrag", "a3", "specprefill", "oracle")
 RIVALS_BEHIND_THE_PREFIX = ("cacheblend", "epic", "prophetkv")
 
 
 def methods(ratios: Sequence[float]) -> tuple[dict[str, Any], ...]:
-    """Every method, those that take one at each ratio: 5 columns with full attention, and 13 for each ratio."""
+    """Every method, those that take one at each ratio, CacheClip and ProphetKV at 2% besides."""
     at = {"ratios": tuple(ratios)}
     return (
         {"method": "prefix"}, {"method": "naive"}, {"method": "naive", "preset": "none"}, {"method": "ape"},
@@ -60,4 +60,6 @@ def methods(ratios: Sequence[float]) -> tuple[dict[str, Any], ...]:
         *({"method": "cacheclip", "preset": preset, **at} for preset in CACHECLIP),
         *({"method": name, **at} for name in RIVALS),
         *({"method": name, "preset": "shared", **at} for name in RIVALS_BEHIND_THE_PREFIX),
+        *({"method": name, "preset": preset, "ratios": (0.02,)}
+          for name, preset in (("cacheclip", "late"), ("prophetkv", ""))),
     )
