@@ -15,7 +15,7 @@ from cacheclip_jax.score import SCORINGS, Scoring
 from cacheclip_jax.select import Budget
 from eval.teacher import Teacher
 
-KINDS: dict[str, Callable[..., Method]] = {**METHODS, Teacher.name: Teacher}
+KINDS: dict[str, Any] = {**METHODS, Teacher.name: Teacher}
 ADAPTER = "adapter"  # CacheClip's preset with a finetuned aux model and its scoring, where a run names one
 # method -> preset -> settings. A method without a preset is as it comes.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

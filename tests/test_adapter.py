@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cacheclip_jax
 from cacheclip_jax import CacheClip
 from cacheclip_jax.cli import configured_method
 from cacheclip_jax.errors import BadInput, BadModelFile
@@ -128,3 +130,11 @@ def test_an_adapter_without_an_aux_model_is_refused(pair, aux, tmp_path):
     directory = save_adapter(random_adapter(aux), tmp_path / "adapter")
     with pytest.raises(BadInput, match="needs that aux model"):
         CacheClip.load(pair[0], None, tmp_path / "store", aux_adapter=directory)
+
+
+def test_the_adapter_that_comes_with_the_package_is_whole_and_says_where_it_comes_from():
+    directory = Path(cacheclip_jax.__file__).with_name("adapters") / "qwen2.5-coder"
+    adapter = load_adapter(directory)
+    assert (adapter.base_name, adapter.rows, len(adapter.lora)) == ("qwen2.5-coder-0.5b", "question", 24)
+    assert {"device", "date", "commit", "command"} <= set(adapter.card)
+    assert sum(f.stat().st_size for f in directory.iterdir()) <= 10e6

@@ -17,7 +17,7 @@ from cacheclip_jax.model.adapter import load_adapter, save_adapter
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.store import Passage
 from configs.quality import ablations, defaults, presets, qa, ruler, smoke
-from eval.lab import format_of
+from eval.lab import adapter_of, format_of
 from eval.ledger import Ledger, key_of
 from eval.quality import columns_of, run, target
 from eval.report import write
@@ -44,7 +44,7 @@ def config(long_pair, data, tmp_path) -> ml_collections.ConfigDict:
     config = defaults.base()
     config.update({
         "run": "tiny", "out": str(tmp_path / "rows.jsonl"), "primary": str(long_pair[0]), "aux": str(long_pair[1]),
-        "dtype": "float32", "data": str(data), "methods": METHODS, "batch": 3, "workers": 0, "examples": 1, "compilers": 0,
+        "dtype": "float32", "data": str(data), "methods": METHODS, "batch": 3, "workers": 0, "examples": 1,
         "lengths": (2048,), "count": 1,
         "tasks": ({"task": "squad", "data": "squad.json", "distractors": 3, "count": 2, "lengths": ()},
                   {"task": "kv", "name": "kv-short", "data": "kv.jsonl", "records": 8})})
@@ -220,7 +220,8 @@ def test_what_a_config_can_not_ask_is_refused_before_any_work(config, tmp_path, 
 
 @pytest.mark.parametrize("made_by", [ablations, presets, qa, ruler, smoke], ids=lambda m: m.__name__)
 def test_the_columns_of_every_config_can_be_told_apart(made_by):
-    assert len(columns_of(made_by.get_config())) > 10
+    config = made_by.get_config()
+    assert len(columns_of(config, adapter_of(config.aux_adapter, config.aux))) > 10
 
 
 def platform() -> str:

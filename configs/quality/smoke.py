@@ -25,6 +25,6 @@ def get_config() -> ml_collections.ConfigDict:
         "methods": defaults.methods((0.1, 0.2)),
         "count": 4,
         "batch": 8,
-        "workers": 0, "compilers": 0,
+        "workers": 0,
     })
     return config

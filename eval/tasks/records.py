@@ -52,7 +52,7 @@ def make(order: Order, *, records: int | None = None, position: float | None = N
             return Sample(
                 id=f"{order.task}/{order.length}/{question_id(key)}", task=order.task, instructions=HEAD,
                 context=chunks, question=QUESTION.format(key=key), answer_prefix="", references=(value,),
-                metric="string_match_all", max_new_tokens=64,
+                metric="string_match_all", max_new_tokens=100,
                 meta={"gold": holding(chunks, [fact]), "facts": [list(fact)], "records": n, "cut": cut,
                       "depth": round(100 * start / sum(map(len, context)), 1), "length": order.length})
 
