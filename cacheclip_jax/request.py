@@ -51,31 +51,31 @@ class Request:
 
     def aux_scores(self, scoring: Scoring) -> Scores:
         """Attention of the question in the aux model. The primary's caches start to load at the same time."""
-        return self._once(("aux_scores", scoring), lambda: self._aux_scores(scoring))
+        return self.once(("aux_scores", scoring), lambda: self._aux_scores(scoring))
 
     def aux_lookahead(self, steps: int, pool: int) -> Scores:
         """Attention of `steps` tokens that the aux model drafts after a full prefill of its own; see `lookahead.py`."""
-        return self._once(("aux_lookahead", steps, pool), lambda: self._aux_lookahead(steps, pool))
+        return self.once(("aux_lookahead", steps, pool), lambda: self._aux_lookahead(steps, pool))
 
     def primary_scores(self, scoring: Scoring, behind: Behind) -> Scores:
         """Attention of the question in the primary itself, over its chunk caches encoded `behind` the shared prefix or
         nothing. `scoring.context="joint"` costs a full prefill."""
-        return self._once(("primary_scores", scoring, behind), lambda: self._primary_scores(scoring, behind))
+        return self.once(("primary_scores", scoring, behind), lambda: self._primary_scores(scoring, behind))
 
     def value_deviation(self, layer: int, behind: Behind) -> Scores:
         """How far each context token's cached value is from a fresh one at a layer of the primary; see `early.py`. It
         costs the layers before it for the whole prompt."""
-        return self._once(("value_deviation", layer, behind), lambda: self._value_deviation(layer, behind))
+        return self.once(("value_deviation", layer, behind), lambda: self._value_deviation(layer, behind))
 
     def early_scores(self, layer: int) -> Scores:
         """Attention of the question to each context token at a layer of the primary, with the layers before it computed
         for the whole prompt; see `early.py`."""
-        return self._once(("early_scores", layer), lambda: self._early_scores(layer))
+        return self.once(("early_scores", layer), lambda: self._early_scores(layer))
 
     def early(self, depth: int) -> tuple[jax.Array, jax.Array, list[LayerCache]]:
         """The whole prompt after the primary's first `depth` layers: rows, positions (padding: -1), and caches of these
         layers, which whoever gives them away must copy."""
-        return self._once(("early", depth), lambda: first_layers(
+        return self.once(("early", depth), lambda: first_layers(
             self.primary.model, self.prompt.ids, depth, self.primary.slots,
             self.primary.rows(len(self.prompt.ids), "prefill")))
 
@@ -85,7 +85,8 @@ class Request:
             return self._kept[behind]
         return self.primary.feed(behind, self.primary.model.config.num_layers, wanted)
 
-    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, computed when first asked for; for signals of methods' own too, under a key of theirs."""
         if key not in self._signals:
             self._signals[key] = make()
         return self._signals[key]

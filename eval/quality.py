@@ -14,7 +14,6 @@ import datetime
 import hashlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.request import Request
 from eval import machine
 from eval.batch_decode import first_tokens
-from eval.lab import Lab, Sides, adapter_of, load_lab, located, request
+from eval.lab import Lab, adapter_of, load_lab, located, request
 from eval.ledger import Key, Ledger
 from eval.pool import Answer, Pool
 from eval.presets import Entry, columns
@@ -55,7 +54,7 @@ from eval.tasks import Sample
 
 FULL = Entry(Full(), "", None)
 # What a run may be gone on with after a change: it doesn't change what is asked.
-FREE = ("out", "batch", "workers", "compilers", "budget_seconds")
+FREE = ("out", "batch", "workers", "budget_seconds")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,6 @@ class Evaluation:
         self._lab = lab
         self._bar = progress.add_task("answers", total=None)
         self._pool: Pool[Tag] = Pool(lab.primary, config.batch, self._report)
-        self._compiled: set[int] = set()  # sizes of caches
         self._about = {"run": config.run, "device": machine.device(), "commit": machine.commit(),
                        "date": datetime.date.today().isoformat(), "primary": Path(config.primary).name,
                        "aux": Path(config.aux).name}
@@ -111,9 +109,6 @@ class Evaluation:
         if not missing:
             return
         sides = self._lab.sides(sample, slots, max(sample.max_new_tokens, self._config.judged))
-        if self._config.compilers and slots not in self._compiled:
-            self._compile(sides, missing)
-            self._compiled.add(slots)
         shared = {adapted: request(sides, adapted) for adapted in (False, True)}
         prompt = sides.primary.prompt
         plan, repaired, times = self._first_logits(FULL, shared[False])
@@ -129,20 +124,6 @@ class Evaluation:
                     raise
             self._pool.add(Tag(job, sample, entry, prompt, times, example), repaired, sample.max_new_tokens, reference,
                            plan.recompute)
-
-    def _compile(self, sides: Sides, entries: Sequence[Entry]) -> None:
-        """Run columns side by side and forget what they give: programs compile one after another in a thread.
-
-        One column of each ratio goes first, alone, since what columns of a ratio share would be compiled by them all.
-        """
-        def run(entry: Entry) -> None:
-            self._first_logits(entry, request(sides, entry.adapted))
-
-        first = [FULL, *{entry.ratio: entry for entry in reversed(entries)}.values()]
-        for entry in first:
-            run(entry)
-        with ThreadPoolExecutor(self._config.compilers) as threads:
-            list(threads.map(run, [entry for entry in entries if entry not in first]))
 
     def _first_logits(self, entry: Entry, over: Request) -> tuple[Plan, Repaired, dict[str, float]]:
         """What a method does up to the first token's logits. Where times are asked for, it runs alone."""

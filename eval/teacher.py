@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cacheclip_jax.bucket import bucket
+from cacheclip_jax.decode import padded_stop_ids
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Groups
 from cacheclip_jax.methods.method import best
@@ -23,7 +22,6 @@ from train.packed import pack, stack
 from train.teach import TARGETS, Target, Teaching, Verdict, teach
 
 _stacked = jax.jit(stack_layers)
-_verdicts: WeakKeyDictionary[Request, Verdict] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,18 +44,16 @@ class Teacher:
 
     def plan(self, request: Request) -> Plan:
         """The groups with the highest scores of the teacher."""
-        if request not in _verdicts:
-            _verdicts[request] = verdict(request)
-        prompt = request.prompt
-        scores = context_scores(_verdicts[request].scores[self.target][0], np.int32(len(prompt.prefix)),
+        prompt, found = request.prompt, request.once("teacher", lambda: verdict(request))
+        scores = context_scores(found.scores[self.target][0], np.int32(len(prompt.prefix)),
                                 bucket(prompt.context_tokens))
         return best(request, scores, self.budget, self.grouping)
 
 
 def verdict(request: Request, teaching: Teaching = Teaching()) -> Verdict:  # noqa: B008 (frozen)
-    """The teacher's verdict on a request's prompt, a batch of one, in the size of the primary's caches."""
+    """The teacher's verdict on a request's prompt, a batch of one, in the size of the primary's caches. It stacks the
+    primary's layers anew, in memory of their size."""
     side, model = request.primary, request.primary.model
     rows = bucket(len(side.prompt.question) + teaching.answer_tokens, 128)
     packed = stack([pack(side.prompt, side.slots, rows, teaching.answer_tokens)])
-    eos = jnp.array(model.tokenizer.eos_ids or (-1,))
-    return teach(_stacked(model.params), model.config, packed, eos, teaching, kernel(model))
+    return teach(_stacked(model.params), model.config, packed, padded_stop_ids(model), teaching, kernel(model))

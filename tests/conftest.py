@@ -96,9 +96,14 @@ def max_diff(a, b) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
-    """Forget compiled programs after every module: each takes memory maps, of which a process has some 65,000."""
+    """Forget compiled programs after every module: each takes memory maps, and XLA crashes when a process has no more
+    of them."""
     yield
     jax.clear_caches()
+    maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")  # of Linux alone
+    if maps.exists():
+        kept = maps.read_text(encoding="utf-8").count("\n")
+        assert kept < int(limit.read_text(encoding="utf-8")) / 4, f"{kept} memory maps outlive a module's programs"
 
 
 @pytest.fixture

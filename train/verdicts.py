@@ -18,6 +18,7 @@ from jaxtyping import Float
 from rich.progress import Progress
 from safetensors.numpy import save_file
 
+from cacheclip_jax.decode import padded_stop_ids
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.prompt import Prompt
@@ -82,7 +83,7 @@ def judge(prompts: Sequence[tuple[Prompt, int]], load: Callable[[], Model], teac
 
 def _verdicts(shard, weights, primary: Model, teaching: Teaching, mesh: Mesh, rows: int, batch: int
               ) -> Iterator[tuple[Prompt, Kept]]:
-    eos = replicate(jnp.array(primary.tokenizer.eos_ids or (-1,)), mesh)
+    eos = replicate(jnp.array(padded_stop_ids(primary)), mesh)
     by_size: dict[int, list[Prompt]] = {}
     for prompt, slots in shard:
         by_size.setdefault(slots, []).append(prompt)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-import cacheclip_jax
-
 # Natural text, and the questions of RULER's qa tasks, from files that anyone can fetch (eval/tasks/README.md).
 TEXT, SQUAD, HOTPOT = "nq_open_oracle_2000.jsonl.gz", "xquad.en.json", "hotpot_distractor_70.jsonl"
-
-
-ADAPTER = Path(cacheclip_jax.__file__).with_name("adapters") / "qwen2.5-coder"  # of the models that `base` names
 
 
 def base() -> ml_collections.ConfigDict:
@@ -39,17 +33,15 @@ def base() -> ml_collections.ConfigDict:
         "shard": "0/1",  # the part of the samples that this process does, and how many parts there are
         "batch": 32,  # sequences decoded together
         "workers": 12,  # processes that make samples ahead
-        "compilers": 0,  # threads that compile for a sample of a new size besides the run's own (docs/quality.md)
         "budget_seconds": 0.0,  # stop after so long, to be gone on with; 0: never
     })
 
 
 def of_half(run: str, split: str) -> ml_collections.ConfigDict:
-    """`base` for a run on one half of the data, with the finetuned aux model beside the untouched one; the tuning
-    half's run is called after it."""
+    """`base` for a run on one half of the data; the tuning half's is called after it."""
     config = base()
     config.run = run if split == "report" else f"{run}-{split}"
-    config.out, config.split, config.aux_adapter = f"runs/{config.run}.jsonl", split, str(ADAPTER)
+    config.out, config.split = f"runs/{config.run}.jsonl", split
     return config
 
 
@@ -70,8 +62,3 @@ def methods(ratios: Sequence[float]) -> tuple[dict[str, Any], ...]:
         *({"method": name, "preset": preset, "ratios": (0.02,)}
           for name, preset in (("cacheclip", "late"), ("prophetkv", ""))),
     )
-
-
-def adapted(ratios: Sequence[float]) -> dict[str, Any]:
-    """CacheClip with the finetuned aux model, a column of configs `of_half`."""
-    return {"method": "cacheclip", "preset": "adapter", "ratios": (0.02, *ratios)}

@@ -11,8 +11,6 @@ import ml_collections
 
 from configs.quality import defaults
 
-RATIOS = (0.05, 0.1, 0.2)
-
 
 def get_config(split: str = "report") -> ml_collections.ConfigDict:
     """All of it, 100 samples a task where there are so many."""
@@ -28,6 +26,6 @@ def get_config(split: str = "report") -> ml_collections.ConfigDict:
         ),
         "lengths": (),
         "count": 100,
-        "methods": (*defaults.methods(RATIOS), defaults.adapted(RATIOS)),
+        "methods": defaults.methods((0.05, 0.1, 0.2)),
     })
     return config

@@ -14,7 +14,6 @@ import ml_collections
 from configs.quality import defaults
 
 TEXT = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
-RATIOS = (0.05, 0.1, 0.2)
 
 
 def get_config(split: str = "report") -> ml_collections.ConfigDict:
@@ -28,6 +27,6 @@ def get_config(split: str = "report") -> ml_collections.ConfigDict:
             {"task": "qa_1", "data": defaults.SQUAD}, {"task": "qa_2", "data": defaults.HOTPOT, "count": 0},
         ),
         "lengths": (4096, 8192),
-        "methods": (*defaults.methods(RATIOS), defaults.adapted(RATIOS)),
+        "methods": defaults.methods((0.05, 0.1, 0.2)),
     })
     return config
