@@ -109,14 +109,13 @@ def _prefill_kept(side: Side, plan: Plan) -> Repaired:
 
 def _chosen(side: Side, plan: Plan, besides: int, with_prefix: bool = False) -> tuple[Rows, jax.Array, jax.Array]:
     """The rows of a plan and `besides` others: embeddings, positions, index of the last one."""
-    prompt, mask = side.prompt, plan.recompute
-    ids = np.zeros(side.slots, np.int32)
-    ids[: len(prompt.ids)] = prompt.ids
+    if plan.rows is not None:
+        return plan.rows
+    mask = plan.recompute
     if isinstance(mask, np.ndarray):
         mask = np.pad(mask, (0, bucket(len(mask)) - len(mask)))
-    ids, mask = jax.device_put((ids, mask), side.sharding)
-    return choose_rows(side.model.params, ids, mask, np.int32(len(prompt.prefix)), np.int32(prompt.question_start),
-                       np.int32(len(prompt.ids)), side.rows(plan.count() + besides, "repair"), with_prefix)
+    small = jax.device_put((*side.prompt.in_slots(side.slots), mask), side.sharding)
+    return choose_rows(side.model.params, *small, side.rows(plan.count() + besides, "repair"), with_prefix)
 
 
 def parallel_positions(prompt: Prompt, slots: int) -> np.ndarray:
