@@ -6,11 +6,12 @@ Programs are dispatched a few layers each and the device runs behind: nothing he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from cacheclip_jax.alone import alone_span
 from cacheclip_jax.assemble import KVCache
@@ -157,49 +158,70 @@ def first_layers(model: Model, ids: np.ndarray, depth: int, slots: int, rows: in
     return x, positions, done
 
 
-def question_scores(side: Side, scoring: Scoring, feed: LayerFeed | None) -> jax.Array:
-    """Attention of the question to every slot of a model's cache [S]: over chunk caches that are still arriving, or
-    without a `feed` over the model's own prefill of the whole prompt."""
-    prompt, model, cfg = side.prompt, side.model, side.model.config
-    params, how, start, end = model.asking, model.attention.name, prompt.question_start, len(prompt.ids)
+class Asked(NamedTuple):
+    """A question as rows that a model scores the context with, and what else its programs read beside caches."""
+
+    ids: Int[Any, "T"]
+    positions: Int[Any, "T"]
+    known: Int[Any, "..."]  # index of the last row; of a question read alone, where context and question begin
+    total: Float[Any, "S"]  # attention to each slot so far
+    weights: list[Float[Any, "B N"] | None]  # of each block's heads
+
+    @property
+    def rows(self) -> tuple[Any, Any, Any]:
+        """The rows alone."""
+        return self.ids, self.positions, self.known
+
+
+def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
+    """Send a question to the device for `question_scores`, all of it at once and ahead of the caches."""
+    prompt, model, cfg, end = side.prompt, side.model, side.model.config, len(side.prompt.ids)
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
                              f"{model.name}: the limit is {cfg.max_positions}. Draft fewer, or take shorter chunks.")
+    read, positions = prompt.question, np.arange(prompt.question_start, end)
+    known: Any = np.int32(len(read) - 1)
+    if scoring.context == "alone":
+        read = (*prompt.prefix, *prompt.question)
+        positions = np.arange(len(read))
+        known = np.array([len(prompt.prefix), prompt.question_start], np.int32)
+    weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
+    asked = Asked(*padded(read, positions, side.rows(len(read), "question")), known, np.zeros(side.slots, np.float32),
+                  [None if weights is None else weights[b.start : b.stop] for b in blocks])
+    return jax.device_put(asked, side.sharding)
+
+
+def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None) -> jax.Array:
+    """Attention of the question to every slot of a model's cache [S]: over chunk caches that are still arriving, or
+    without a `feed` over the model's own prefill of the whole prompt."""
+    cfg, params, how = side.model.config, side.model.asking, side.model.attention.name
     weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
     depth = scoring.depth_in_spans(cfg.num_layers)
     further = bool(scoring.second_pass or scoring.look_ahead)
-    read, positions = prompt.question, np.arange(start, end)
-    known: Any = np.int32(end - start - 1)  # index of the last row
-    if scoring.context == "alone":
-        read = (*prompt.prefix, *prompt.question)
-        positions, known = np.arange(len(read)), np.array([len(prompt.prefix), start], np.int32)
-    ids, positions, known = jax.device_put((*padded(read, positions, side.rows(len(read), "question")), known),
-                                           side.sharding)
     if feed is None:
-        _, cache = prefill(side, start)
+        _, cache = prefill(side, side.prompt.question_start)
         cache = KVCache(cache.k[:depth], cache.v[:depth])
-        x, scores, cache = embed_and_score(params, cfg, scoring, ids, positions, known, cache, how, weights)
-        return refine(side, scoring, (ids, positions, known), x, scores, cache) if further else scores
-    total = jax.device_put(np.zeros(side.slots, np.float32), side.sharding)
-    x, kept = embed_rows(params, ids), []
+        x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
+        return refine(side, scoring, asked.rows, x, scores, cache) if further else scores
+    x, total, kept = embed_rows(params, asked.ids), asked.total, []
     for number, block in enumerate(feed.blocks):
         block = range(block.start, min(block.stop, depth))
         if not block:
             break
-        layers, scored = slice(block.start, block.stop), tuple(layer in wanted for layer in block)
-        given = (x, params.layers[layers], cfg, scoring.span_key, scored, positions, known, feed.take(number),
-                 feed.where, total, how)
+        layers, scored = params.layers[block.start : block.stop], tuple(layer in wanted for layer in block)
+        given = (x, layers, cfg, scoring.span_key, scored, asked.positions, asked.known, feed.take(number), feed.where,
+                 total, how)
         if scoring.context == "alone":
             x, total = alone_span(*given)
         else:
-            x, total, caches = score_span(*given, None if weights is None else weights[layers])
+            x, total, caches = score_span(*given, asked.weights[number])
             if further:
                 kept += caches
         feed.computed(total)
     scores = layer_mean(total, weights, len(wanted))
     if not further:
         return scores
-    return refine(side, scoring, (ids, positions, known), x, scores, KVCache(*zip(*kept, strict=True)))
+    return refine(side, scoring, asked.rows, x, scores, KVCache(*zip(*kept, strict=True)))
 
 
 def padded(ids, positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from cacheclip_jax.decode import padded_stop_ids
 from cacheclip_jax.early import early_attention, value_deviation
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.lookahead import lookahead_scores
-from cacheclip_jax.online import first_layers, prefill, question_scores
+from cacheclip_jax.online import ask, first_layers, prefill, question_scores
 from cacheclip_jax.plan import Behind, Scores
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import LayerCache
@@ -50,7 +50,8 @@ class Request:
         return self._make_aux()
 
     def aux_scores(self, scoring: Scoring) -> Scores:
-        """Attention of the question in the aux model. The primary's caches start to load at the same time."""
+        """Attention of the question in the aux model. The primary's caches start to load at the same time, to the
+        device when the aux model's are there."""
         return self.once(("aux_scores", scoring), lambda: self._aux_scores(scoring))
 
     def aux_lookahead(self, steps: int, pool: int) -> Scores:
@@ -100,12 +101,15 @@ class Request:
         started, aux = time.perf_counter(), self.aux
         depth = scoring.depth_in_spans(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
-        self.primary.begin()
         try:
-            scores = question_scores(aux, scoring, feed)
+            asked = ask(aux, scoring, feed)
+            aux.release()
+            self.primary.begin()
+            scores = question_scores(aux, scoring, asked, feed)
         finally:
             if feed is not None:
                 feed.stop()
+        self.primary.release()
         return self._for_context(aux, scores, started)
 
     def _aux_lookahead(self, steps: int, pool: int) -> Scores:
@@ -119,7 +123,8 @@ class Request:
     def _primary_scores(self, scoring: Scoring, behind: Behind) -> Scores:
         started = time.perf_counter()
         feed = self._keep(behind) if scoring.context != "joint" else None
-        return self._for_context(self.primary, question_scores(self.primary, scoring, feed), started)
+        scores = question_scores(self.primary, scoring, ask(self.primary, scoring, feed), feed)
+        return self._for_context(self.primary, scores, started)
 
     def _value_deviation(self, layer: int, behind: Behind) -> Scores:
         started, model, feed = time.perf_counter(), self.primary.model, self._keep(behind)
