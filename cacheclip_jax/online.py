@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.alone import alone_span
 from cacheclip_jax.assemble import KVCache
@@ -32,7 +32,7 @@ from cacheclip_jax.recompute import (
     reuse_span,
 )
 from cacheclip_jax.refine import refine
-from cacheclip_jax.score import Scoring, embed_and_score, layer_mean, score_span
+from cacheclip_jax.score import Scoring, context_scores, embed_and_score, last_span_scores, layer_mean, score_span
 from cacheclip_jax.side import LayerFeed, Side, bucketed
 
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ class Asked(NamedTuple):
     known: Int[Any, "..."]  # index of the last row; of a question read alone, where context and question begin
     total: Float[Any, "S"]  # attention to each slot so far
     weights: list[Float[Any, "B N"] | None]  # of each block's heads
+    count: Float[Any, ""]  # of scored layers
+    prefix: Int[Any, ""]  # the slot where the context begins
 
     @property
     def rows(self) -> tuple[Any, Any, Any]:
@@ -187,41 +189,45 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
         known = np.array([len(prompt.prefix), prompt.question_start], np.int32)
     weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
     asked = Asked(*padded(read, positions, side.rows(len(read), "question")), known, np.zeros(side.slots, np.float32),
-                  [None if weights is None else weights[b.start : b.stop] for b in blocks])
+                  [None if weights is None else weights[b.start : b.stop] for b in blocks],
+                  np.float32(len(scoring.layer_indices(cfg.num_layers))), np.int32(len(prompt.prefix)))
     return jax.device_put(asked, side.sharding)
 
 
-def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None) -> jax.Array:
-    """Attention of the question to every slot of a model's cache [S]: over chunk caches that are still arriving, or
-    without a `feed` over the model's own prefill of the whole prompt."""
+def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None) -> Float[Array, "C"]:
+    """Attention of the question to every context token, anything after them up to their bucket: over chunk caches that
+    are still arriving, or without a `feed` over the model's own prefill of the whole prompt."""
     cfg, params, how = side.model.config, side.model.asking, side.model.attention.name
     weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
-    depth = scoring.depth_in_spans(cfg.num_layers)
-    further = bool(scoring.second_pass or scoring.look_ahead)
+    depth, size = scoring.layers_run(cfg.num_layers), bucket(side.prompt.context_tokens)
     if feed is None:
         _, cache = prefill(side, side.prompt.question_start)
         cache = KVCache(cache.k[:depth], cache.v[:depth])
         x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
-        return refine(side, scoring, asked.rows, x, scores, cache) if further else scores
-    x, total, kept = embed_rows(params, asked.ids), asked.total, []
-    for number, block in enumerate(feed.blocks):
-        block = range(block.start, min(block.stop, depth))
-        if not block:
-            break
-        layers, scored = params.layers[block.start : block.stop], tuple(layer in wanted for layer in block)
-        given = (x, layers, cfg, scoring.span_key, scored, asked.positions, asked.known, feed.take(number), feed.where,
-                 total, how)
-        if scoring.context == "alone":
-            x, total = alone_span(*given)
-        else:
-            x, total, caches = score_span(*given, asked.weights[number])
-            if further:
-                kept += caches
-        feed.computed(total)
-    scores = layer_mean(total, weights, len(wanted))
-    if not further:
-        return scores
-    return refine(side, scoring, asked.rows, x, scores, KVCache(*zip(*kept, strict=True)))
+        kept = list(zip(cache.k, cache.v, strict=True))
+    else:
+        x, total, kept = embed_rows(params, asked.ids), asked.total, []
+        for number, block in enumerate(feed.blocks):
+            block = range(block.start, min(block.stop, depth))
+            given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,
+                     tuple(layer in wanted for layer in block), asked.positions, asked.known, feed.take(number),
+                     feed.where, total, how)
+            if scoring.context == "alone":
+                x, total = alone_span(*given)
+            elif scoring.further or block.stop < depth:
+                x, total, caches = score_span(*given, asked.weights[number])
+                kept += caches if scoring.further else ()
+            else:
+                scores = last_span_scores(*given, asked.weights[number], asked.count, asked.prefix, size)
+                feed.computed(scores)
+                return scores
+            feed.computed(total)
+            if block.stop == depth:
+                break
+        scores = layer_mean(total, weights, len(wanted))
+    if scoring.further:
+        scores = refine(side, scoring, asked.rows, x, scores, KVCache(*zip(*kept, strict=True)))
+    return context_scores(scores, asked.prefix, size)
 
 
 def padded(ids, positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
