@@ -89,7 +89,7 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
         if number < len(feed.blocks) - 1:
             feed.computed(done[-1][0])
     side.watch("load", rows)
-    logits = last_logits(model.params, cfg, x, last)
+    logits = last_logits(model.params.outer, cfg, x, last)
     feed.computed(logits)
     return Repaired(logits, KVCache(*zip(*done, strict=True)), tail or Tail.at(end, end))
 
@@ -104,7 +104,7 @@ def _prefill_kept(side: Side, plan: Plan) -> Repaired:
         x, layers = fresh_span(x, model.params.layers[start : start + SPAN], cfg, slots, side.slots,
                                model.attention.name, positions)
         done += layers
-    return Repaired(last_logits(model.params, cfg, x, last), KVCache(*zip(*done, strict=True)),
+    return Repaired(last_logits(model.params.outer, cfg, x, last), KVCache(*zip(*done, strict=True)),
                     Tail.at(last + 1, np.int32(len(prompt.ids))))
 
 
@@ -116,7 +116,7 @@ def _chosen(side: Side, plan: Plan, besides: int, with_prefix: bool = False) -> 
     if isinstance(mask, np.ndarray):
         mask = np.pad(mask, (0, bucket(len(mask)) - len(mask)))
     small = jax.device_put((*side.prompt.in_slots(side.slots), mask), side.sharding)
-    return choose_rows(side.model.params, *small, side.rows(plan.count() + besides, "repair"), with_prefix)
+    return choose_rows(side.model.params.outer, *small, side.rows(plan.count() + besides, "repair"), with_prefix)
 
 
 def parallel_positions(prompt: Prompt, slots: int) -> np.ndarray:
@@ -141,7 +141,7 @@ def full_prefill(model: Model, ids: np.ndarray, slots: int, rows: int | None = N
     """Full prefill of a model: the last token's logits, and the cache. `rows`: with padding; the bucket by default."""
     rows = bucketed(len(ids), "prefill") if rows is None else rows
     x, _, done = first_layers(model, ids, model.config.num_layers, slots, rows)
-    return last_logits(model.params, model.config, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))
+    return last_logits(model.params.outer, model.config, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))
 
 
 def first_layers(model: Model, ids: np.ndarray, depth: int, slots: int, rows: int
@@ -150,7 +150,7 @@ def first_layers(model: Model, ids: np.ndarray, depth: int, slots: int, rows: in
     (padding: -1), and the layers' caches."""
     cfg = model.config
     padded_ids, positions = jax.device_put(padded(ids, np.arange(len(ids)), rows), model.params.final_norm.sharding)
-    x, done = embed_rows(model.params, padded_ids), []
+    x, done = embed_rows(model.params.outer, padded_ids), []
     for start in range(0, depth, SPAN):
         x, layers = fresh_span(x, model.params.layers[start : min(start + SPAN, depth)], cfg, positions, slots,
                                model.attention.name, None)
@@ -206,7 +206,7 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
         x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
         kept = list(zip(cache.k, cache.v, strict=True))
     else:
-        x, total, kept = embed_rows(params, asked.ids), asked.total, []
+        x, total, kept = embed_rows(params.outer, asked.ids), asked.total, []
         for number, block in enumerate(feed.blocks):
             block = range(block.start, min(block.stop, depth))
             given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,

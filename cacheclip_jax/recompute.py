@@ -186,8 +186,8 @@ def recompute(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], positions: I
     slot at or before its own position: stale rows of the cache and fresh ones alike. With every token of a prompt as a
     row this is full prefill, exactly. The cache is donated.
     """
-    x, cache = push_rows(params, cfg, embed_rows(params, ids), positions, cache, how)
-    return last_logits(params, cfg, x, last), cache
+    x, cache = push_rows(params, cfg, embed_rows(params.outer, ids), positions, cache, how)
+    return last_logits(params.outer, cfg, x, last), cache
 
 
 def push_rows(params: Params, cfg: ModelConfig, x: Rows, positions: Int[Any, "T"], cache: KVCache, how: str = "blocked"
@@ -207,12 +207,12 @@ def continuation_logits(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], po
                         cache: KVCache, how: str = "blocked", tail: Tail | None = None) -> Float[Array, "T V"]:
     """Logits of every row: how a repaired cache judges a given continuation. The cache stays as it is. `positions` are
     slots, which they differ from where there is a `tail`."""
-    x = embed_rows(params, ids)
+    x = embed_rows(params.outer, ids)
     for start in range(0, cfg.num_layers, SPAN):
         span = slice(start, start + SPAN)
         caches = tuple(zip(cache.k[span], cache.v[span], strict=True))
         x = _continue_span(x, params.layers[span], cfg, positions, caches, how, tail)
-    return _logits(params, cfg, x)
+    return _logits(params.outer, cfg, x)
 
 
 @partial(jax.jit, static_argnames=("cfg", "how"))

@@ -56,7 +56,7 @@ def repair_best(side: Side, scores: Float[Array, "S"], ratio: float, cache: KVCa
     ids, bounds = jax.device_put((ids, bounds), side.sharding)
     own = context_scores(scores, np.int32(len(prompt.prefix)), bucket(prompt.context_tokens))
     best = select_on_device(own, prompt.chunk_lengths, Budget(ratio=ratio))
-    x, positions, _ = choose_rows(model.params, ids, bounds, best.mask, side.rows(best.count(), "repair"))
+    x, positions, _ = choose_rows(model.params.outer, ids, bounds, best.mask, side.rows(best.count(), "repair"))
     return push_rows(model.params, model.config, x, positions, cache, model.attention.name)[1]
 
 

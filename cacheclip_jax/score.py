@@ -196,7 +196,7 @@ def embed_and_score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int
     the caller keeps the context's slots.
     """
     wanted, done = scoring.layer_indices(cfg.num_layers), []
-    x = embed_rows(params, ids)
+    x = embed_rows(params.outer, ids)
     total = jnp.zeros(cache.slots, jnp.float32, device=params.final_norm.sharding)  # where the next one will be
     for start in range(0, len(cache.k), SPAN):
         span = range(start, min(start + SPAN, len(cache.k)))

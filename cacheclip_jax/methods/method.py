@@ -64,6 +64,6 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     ids, bounds, groups = jax.device_put((*prompt.in_slots(side.slots), groups), side.sharding)
     scores = signal()
     ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking), prompt.context_tokens)
-    mask, rows = best_rows(side.model.params, ids, bounds, jax.device_put(ranks, side.sharding), groups,
+    mask, rows = best_rows(side.model.params.outer, ids, bounds, jax.device_put(ranks, side.sharding), groups,
                            side.rows(most + len(prompt.question), "repair"))
     return Plan(mask, scores, most, dense_layers, rows=rows)
