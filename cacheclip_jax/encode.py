@@ -31,7 +31,7 @@ def encode(params: Params, cfg: ModelConfig, ids: Int[Any, "B C"], prefix: Float
     `prefix` holds the prefix's own cache, P may be 0. Chunks shorter than C are padded at the end: causality keeps
     padding out of every real row, and the caller drops the padding's rows.
     """
-    x, out = embed_rows(params, ids.reshape(-1)), []
+    x, out = embed_rows(params.outer, ids.reshape(-1)), []
     for start in range(0, cfg.num_layers, SPAN):
         span = slice(start, start + SPAN)
         x, kv = encode_span(x, params.layers[span], cfg, prefix[span], len(ids), how)

@@ -30,11 +30,11 @@ class Feed:
 
     def __init__(self, caches: ChunkCaches, passages: Sequence[Passage], lengths: Sequence[int], behind: Behind,
                  slots: int, depth: int, pool: ThreadPoolExecutor, clock: Clock, accounting: Fetched,
-                 wanted: Sequence[bool] | None = None, held: bool = False):
-        """Start to load the first `depth` layers.
+                 wanted: Sequence[bool] | None = None):
+        """Start to load the first `depth` layers to the host; to the device with `release` or the first `take`.
 
         A chunk that isn't `wanted` (all its tokens are recomputed anyway) is left out. `accounting` hears of hits,
-        misses and repairs. With `held`, copies to the device wait for the first `take`; see BlockLoader.
+        misses and repairs.
         """
         cfg, layout, sharding = caches.model.config, caches.pages.layout, caches.pages.sharding
         wanted = [True] * len(passages) if wanted is None else wanted
@@ -58,6 +58,8 @@ class Feed:
         else:
             sizes, total = [layout.token_rows * n for n in here], layout.token_rows * bucket(sum(here), 256, steps=32)
         offsets = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        starts = [at if n else -1 for at, n in zip(offsets, here, strict=True)]
+        self.where: Placement = jax.device_put(placement(cfg, slots, tokens, starts), sharding)
         if self._loaded:
             found = caches.fetch(passages, behind, clock, load)
             accounting.absorb(found)
@@ -73,9 +75,12 @@ class Feed:
                 copier = RowCopies(caches.buffers, total, ahead, [offsets[i] for i in parts], [sizes[i] for i in parts])
             self._loader = BlockLoader(
                 pool, copier, sources, len(self.blocks), ahead,
-                repair=lambda i, e: caches.repair(passages, behind, accounting, parts[i] - 1, e), held=held)
-        starts = [at if n else -1 for at, n in zip(offsets, here, strict=True)]
-        self.where: Placement = jax.device_put(placement(cfg, slots, tokens, starts), sharding)
+                repair=lambda i, e: caches.repair(passages, behind, accounting, parts[i] - 1, e))
+
+    def release(self) -> None:
+        """Let copies to the device begin; see BlockLoader."""
+        if self._loader is not None:
+            self._loader.release()
 
     def take(self, number: int) -> jax.Array:
         """The rows [B, R, H] of the layers `blocks[number]`, each once, in order. Raises what went wrong in loading."""

@@ -17,7 +17,6 @@ from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.pages import HostChunk
 
 Source = HostChunk | Future  # of a HostChunk
-HELD_SECONDS = 0.02
 
 
 class Copier(Protocol):
@@ -84,16 +83,14 @@ class BlockLoader:
     """Sends chunk caches block by block from a thread of its own.
 
     `ahead` blocks at most lie on the device before their turn, which bounds what loading adds to its memory; `computed`
-    says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged. With
-    `held`, no copy is started before the first block is asked for or HELD_SECONDS are over: the small inputs of what
-    comes before it, of scoring and selection, would wait in the bus behind all that is sent.
+    says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged. No
+    copy is started before `release` or the first `take`: small inputs of what is computed before, of scoring and
+    selection, would wait in the bus behind all that is sent.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, copier: Copier, sources: Sequence[Source], blocks: int,
-                 ahead: int, repair: Callable[[int, ChunkCorrupt], HostChunk], held: bool = False):
-        self._asked = Event()
-        if not held:
-            self._asked.set()
+                 ahead: int, repair: Callable[[int, ChunkCorrupt], HostChunk]):
+        self._released = Event()
         self._copier, self._sources, self._ahead, self._repair = copier, sources, ahead, repair
         self._sent = [Event() for _ in range(blocks)]
         self._given: list[Any] = [None] * blocks
@@ -101,12 +98,16 @@ class BlockLoader:
         self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each block computed one that is ready then
         pool.submit(self._run)
 
+    def release(self) -> None:
+        """Let copies to the device begin."""
+        self._released.set()
+
     def take(self, number: int) -> Any:
         """What the copier gives for a block, as soon as it does. Each block can be taken once.
 
         Raises what went wrong, but for damaged chunks, which are repaired.
         """
-        self._asked.set()
+        self.release()
         self._sent[number].wait()
         given, self._given[number] = self._given[number], None
         if given is None:
@@ -123,7 +124,7 @@ class BlockLoader:
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
-        for event in (*self._sent, self._asked):
+        for event in (*self._sent, self._released):
             event.set()
         self._marks.put(None)
 
@@ -131,7 +132,9 @@ class BlockLoader:
         chunks: list[HostChunk] = []  # held until no copy reads them
         try:
             chunks += [self._chunk(i, source) for i, source in enumerate(self._sources)]
-            self._asked.wait(HELD_SECONDS)
+            self._released.wait()
+            if self._error is not None:
+                raise self._error
             for number, sent in enumerate(self._sent):
                 if number >= self._ahead:
                     self._mark().block_until_ready()

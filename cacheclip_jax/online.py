@@ -6,11 +6,12 @@ Programs are dispatched a few layers each and the device runs behind: nothing he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.alone import alone_span
 from cacheclip_jax.assemble import KVCache
@@ -31,7 +32,7 @@ from cacheclip_jax.recompute import (
     reuse_span,
 )
 from cacheclip_jax.refine import refine
-from cacheclip_jax.score import Scoring, embed_and_score, layer_mean, score_span
+from cacheclip_jax.score import Scoring, context_scores, embed_and_score, last_span_scores, layer_mean, score_span
 from cacheclip_jax.side import LayerFeed, Side, bucketed
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
         if number < len(feed.blocks) - 1:
             feed.computed(done[-1][0])
     side.watch("load", rows)
-    logits = last_logits(model.params, cfg, x, last)
+    logits = last_logits(model.params.outer, cfg, x, last)
     feed.computed(logits)
     return Repaired(logits, KVCache(*zip(*done, strict=True)), tail or Tail.at(end, end))
 
@@ -103,20 +104,19 @@ def _prefill_kept(side: Side, plan: Plan) -> Repaired:
         x, layers = fresh_span(x, model.params.layers[start : start + SPAN], cfg, slots, side.slots,
                                model.attention.name, positions)
         done += layers
-    return Repaired(last_logits(model.params, cfg, x, last), KVCache(*zip(*done, strict=True)),
+    return Repaired(last_logits(model.params.outer, cfg, x, last), KVCache(*zip(*done, strict=True)),
                     Tail.at(last + 1, np.int32(len(prompt.ids))))
 
 
 def _chosen(side: Side, plan: Plan, besides: int, with_prefix: bool = False) -> tuple[Rows, jax.Array, jax.Array]:
     """The rows of a plan and `besides` others: embeddings, positions, index of the last one."""
-    prompt, mask = side.prompt, plan.recompute
-    ids = np.zeros(side.slots, np.int32)
-    ids[: len(prompt.ids)] = prompt.ids
+    if plan.rows is not None:
+        return plan.rows
+    mask = plan.recompute
     if isinstance(mask, np.ndarray):
         mask = np.pad(mask, (0, bucket(len(mask)) - len(mask)))
-    ids, mask = jax.device_put((ids, mask), side.sharding)
-    return choose_rows(side.model.params, ids, mask, np.int32(len(prompt.prefix)), np.int32(prompt.question_start),
-                       np.int32(len(prompt.ids)), side.rows(plan.count() + besides, "repair"), with_prefix)
+    small = jax.device_put((*side.prompt.in_slots(side.slots), mask), side.sharding)
+    return choose_rows(side.model.params.outer, *small, side.rows(plan.count() + besides, "repair"), with_prefix)
 
 
 def parallel_positions(prompt: Prompt, slots: int) -> np.ndarray:
@@ -141,7 +141,7 @@ def full_prefill(model: Model, ids: np.ndarray, slots: int, rows: int | None = N
     """Full prefill of a model: the last token's logits, and the cache. `rows`: with padding; the bucket by default."""
     rows = bucketed(len(ids), "prefill") if rows is None else rows
     x, _, done = first_layers(model, ids, model.config.num_layers, slots, rows)
-    return last_logits(model.params, model.config, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))
+    return last_logits(model.params.outer, model.config, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))
 
 
 def first_layers(model: Model, ids: np.ndarray, depth: int, slots: int, rows: int
@@ -150,7 +150,7 @@ def first_layers(model: Model, ids: np.ndarray, depth: int, slots: int, rows: in
     (padding: -1), and the layers' caches."""
     cfg = model.config
     padded_ids, positions = jax.device_put(padded(ids, np.arange(len(ids)), rows), model.params.final_norm.sharding)
-    x, done = embed_rows(model.params, padded_ids), []
+    x, done = embed_rows(model.params.outer, padded_ids), []
     for start in range(0, depth, SPAN):
         x, layers = fresh_span(x, model.params.layers[start : min(start + SPAN, depth)], cfg, positions, slots,
                                model.attention.name, None)
@@ -158,49 +158,76 @@ def first_layers(model: Model, ids: np.ndarray, depth: int, slots: int, rows: in
     return x, positions, done
 
 
-def question_scores(side: Side, scoring: Scoring, feed: LayerFeed | None) -> jax.Array:
-    """Attention of the question to every slot of a model's cache [S]: over chunk caches that are still arriving, or
-    without a `feed` over the model's own prefill of the whole prompt."""
-    prompt, model, cfg = side.prompt, side.model, side.model.config
-    params, how, start, end = model.asking, model.attention.name, prompt.question_start, len(prompt.ids)
+class Asked(NamedTuple):
+    """A question as rows that a model scores the context with, and what else its programs read beside caches."""
+
+    ids: Int[Any, "T"]
+    positions: Int[Any, "T"]
+    known: Int[Any, "..."]  # index of the last row; of a question read alone, where context and question begin
+    total: Float[Any, "S"]  # attention to each slot so far
+    weights: list[Float[Any, "B N"] | None]  # of each block's heads
+    count: Float[Any, ""]  # of scored layers
+    prefix: Int[Any, ""]  # the slot where the context begins
+
+    @property
+    def rows(self) -> tuple[Any, Any, Any]:
+        """The rows alone."""
+        return self.ids, self.positions, self.known
+
+
+def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
+    """Send a question to the device for `question_scores`, all of it at once and ahead of the caches."""
+    prompt, model, cfg, end = side.prompt, side.model, side.model.config, len(side.prompt.ids)
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
                              f"{model.name}: the limit is {cfg.max_positions}. Draft fewer, or take shorter chunks.")
-    weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
-    depth = scoring.depth_in_spans(cfg.num_layers)
-    further = bool(scoring.second_pass or scoring.look_ahead)
-    read, positions = prompt.question, np.arange(start, end)
-    known: Any = np.int32(end - start - 1)  # index of the last row
+    read, positions = prompt.question, np.arange(prompt.question_start, end)
+    known: Any = np.int32(len(read) - 1)
     if scoring.context == "alone":
         read = (*prompt.prefix, *prompt.question)
-        positions, known = np.arange(len(read)), np.array([len(prompt.prefix), start], np.int32)
-    ids, positions, known = jax.device_put((*padded(read, positions, side.rows(len(read), "question")), known),
-                                           side.sharding)
+        positions = np.arange(len(read))
+        known = np.array([len(prompt.prefix), prompt.question_start], np.int32)
+    weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
+    asked = Asked(*padded(read, positions, side.rows(len(read), "question")), known, np.zeros(side.slots, np.float32),
+                  [None if weights is None else weights[b.start : b.stop] for b in blocks],
+                  np.float32(len(scoring.layer_indices(cfg.num_layers))), np.int32(len(prompt.prefix)))
+    return jax.device_put(asked, side.sharding)
+
+
+def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None) -> Float[Array, "C"]:
+    """Attention of the question to every context token, anything after them up to their bucket: over chunk caches that
+    are still arriving, or without a `feed` over the model's own prefill of the whole prompt."""
+    cfg, params, how = side.model.config, side.model.asking, side.model.attention.name
+    weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
+    depth, size = scoring.layers_run(cfg.num_layers), bucket(side.prompt.context_tokens)
     if feed is None:
-        _, cache = prefill(side, start)
+        _, cache = prefill(side, side.prompt.question_start)
         cache = KVCache(cache.k[:depth], cache.v[:depth])
-        x, scores, cache = embed_and_score(params, cfg, scoring, ids, positions, known, cache, how, weights)
-        return refine(side, scoring, (ids, positions, known), x, scores, cache) if further else scores
-    total = jax.device_put(np.zeros(side.slots, np.float32), side.sharding)
-    x, kept = embed_rows(params, ids), []
-    for number, block in enumerate(feed.blocks):
-        block = range(block.start, min(block.stop, depth))
-        if not block:
-            break
-        layers, scored = slice(block.start, block.stop), tuple(layer in wanted for layer in block)
-        given = (x, params.layers[layers], cfg, scoring.span_key, scored, positions, known, feed.take(number),
-                 feed.where, total, how)
-        if scoring.context == "alone":
-            x, total = alone_span(*given)
-        else:
-            x, total, caches = score_span(*given, None if weights is None else weights[layers])
-            if further:
-                kept += caches
-        feed.computed(total)
-    scores = layer_mean(total, weights, len(wanted))
-    if not further:
-        return scores
-    return refine(side, scoring, (ids, positions, known), x, scores, KVCache(*zip(*kept, strict=True)))
+        x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
+        kept = list(zip(cache.k, cache.v, strict=True))
+    else:
+        x, total, kept = embed_rows(params.outer, asked.ids), asked.total, []
+        for number, block in enumerate(feed.blocks):
+            block = range(block.start, min(block.stop, depth))
+            given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,
+                     tuple(layer in wanted for layer in block), asked.positions, asked.known, feed.take(number),
+                     feed.where, total, how)
+            if scoring.context == "alone":
+                x, total = alone_span(*given)
+            elif scoring.further or block.stop < depth:
+                x, total, caches = score_span(*given, asked.weights[number])
+                kept += caches if scoring.further else ()
+            else:
+                scores = last_span_scores(*given, asked.weights[number], asked.count, asked.prefix, size)
+                feed.computed(scores)
+                return scores
+            feed.computed(total)
+            if block.stop == depth:
+                break
+        scores = layer_mean(total, weights, len(wanted))
+    if scoring.further:
+        scores = refine(side, scoring, asked.rows, x, scores, KVCache(*zip(*kept, strict=True)))
+    return context_scores(scores, asked.prefix, size)
 
 
 def padded(ids, positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

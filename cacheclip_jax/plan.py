@@ -46,6 +46,9 @@ class Plan:
       drop: the others aren't in the cache at all; the kept ones stay at their positions in the whole prompt.
       reshape: every chunk begins where the first one does, the question after the longest, and attends as `Reshape`
         says; nothing is recomputed.
+
+    `rows` are those to recompute and the question's (see `choose_rows`), where the program that selected them made them
+    too. Carrying the plan out uses them up, so it works once.
     """
 
     recompute: np.ndarray | jax.Array
@@ -54,6 +57,7 @@ class Plan:
     dense_layers: int = 0
     drop: bool = False
     reshape: Reshape | None = None
+    rows: tuple[Float[Array, "T D"], Int[Array, "T"], Int[Array, ""]] | None = None
 
     def __post_init__(self) -> None:
         if (self.dense_layers > 0) + self.drop + (self.reshape is not None) > 1:
@@ -71,7 +75,8 @@ class Plan:
     def fetched(self, context_tokens: int) -> Plan:
         """The plan on the host, one entry per context token."""
         scores = None if self.scores is None else np.asarray(self.scores)[:context_tokens]
-        return dataclasses.replace(self, recompute=np.asarray(self.recompute)[:context_tokens], scores=scores)
+        mask = np.asarray(self.recompute)[:context_tokens]
+        return dataclasses.replace(self, recompute=mask, scores=scores, rows=None)
 
 
 @struct.dataclass

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import Int
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.tokenizer import Encoded, Tokenizer, nfc
@@ -90,6 +91,13 @@ class Prompt:
         """The whole prompt, int32: what a full prefill reads."""
         return np.concatenate([np.array(self.prefix, np.int32), *(c.array for c in self.chunks),
                                np.array(self.question, np.int32)])
+
+    def in_slots(self, slots: int) -> tuple[Int[np.ndarray, "S"], Int[np.ndarray, "3"]]:
+        """The ids in so many slots, and at which of them the context begins, the question begins, and the prompt ends.
+        """
+        ids = np.zeros(slots, np.int32)
+        ids[: len(self.ids)] = self.ids
+        return ids, np.array([len(self.prefix), self.question_start, len(self.ids)], np.int32)
 
     @property
     def question_start(self) -> int:

@@ -21,6 +21,7 @@ from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
 from cacheclip_jax.plan import Tail
+from cacheclip_jax.select import Best, select_groups
 
 SPAN = 2  # layers of a program where nothing else decides: all at once take several times as long to compile on a CPU
 
@@ -29,18 +30,24 @@ LayerCache = tuple[Float[Array, "K S H"], Float[Array, "K S H"]]
 
 
 @partial(jax.jit, static_argnames=("count", "with_prefix"))
-def choose_rows(params: Params, ids: Int[Array, "S"], recompute: Bool[Array, "C"], prefix: Int[Array, ""],
-                question: Int[Array, ""], end: Int[Array, ""], count: int, with_prefix: bool = False
-                ) -> tuple[Rows, Int[Array, "T"], Int[Array, ""]]:
-    """The rows of a prompt: the context tokens to recompute (`recompute`, from slot `prefix` on) and the question
-    (slots `question` to `end`), on demand the prefix too, sorted by position, padded to `count` with position -1; their
-    embeddings, positions, and the index of the last one. On device, so that a selection made there needs no trip to the
-    host."""
-    slot = jnp.arange(ids.shape[0])
+def choose_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], recompute: Bool[Array, "C"], count: int,
+                with_prefix: bool = False) -> tuple[Rows, Int[Array, "T"], Int[Array, ""]]:
+    """The rows of a prompt (see `Prompt.in_slots`): the context tokens to `recompute` and the question, on demand the
+    prefix too, sorted by position, padded to `count` with position -1; their embeddings, positions, and the index of
+    the last one. On device, so that a selection made there needs no trip to the host."""
+    slot, (prefix, question, end) = jnp.arange(ids.shape[0]), bounds
     context = recompute[jnp.clip(slot - prefix, 0, recompute.shape[0] - 1)] & (slot >= prefix) & (slot < question)
     always = ((slot >= question) & (slot < end)) | (with_prefix & (slot < prefix))
     positions = jnp.nonzero(context | always, size=count, fill_value=-1)[0]
     return decoder.embed(params, ids[positions]), positions.astype(jnp.int32), (positions >= 0).sum(dtype=jnp.int32) - 1
+
+
+@partial(jax.jit, static_argnames="count")
+def best_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], scores: Float[Array, "C"], best: Best,
+              count: int) -> tuple[Bool[Array, "C"], tuple[Rows, Int[Array, "T"], Int[Array, ""]]]:
+    """`select_groups` and `choose_rows` as one program: between scoring and recompute there is no other."""
+    mask = select_groups(scores, best)
+    return mask, choose_rows(params, ids, bounds, mask, count)
 
 
 @partial(jax.jit, static_argnames=("cfg", "how", "first"), donate_argnames="x")
@@ -179,8 +186,8 @@ def recompute(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], positions: I
     slot at or before its own position: stale rows of the cache and fresh ones alike. With every token of a prompt as a
     row this is full prefill, exactly. The cache is donated.
     """
-    x, cache = push_rows(params, cfg, embed_rows(params, ids), positions, cache, how)
-    return last_logits(params, cfg, x, last), cache
+    x, cache = push_rows(params, cfg, embed_rows(params.outer, ids), positions, cache, how)
+    return last_logits(params.outer, cfg, x, last), cache
 
 
 def push_rows(params: Params, cfg: ModelConfig, x: Rows, positions: Int[Any, "T"], cache: KVCache, how: str = "blocked"
@@ -200,12 +207,12 @@ def continuation_logits(params: Params, cfg: ModelConfig, ids: Int[Any, "T"], po
                         cache: KVCache, how: str = "blocked", tail: Tail | None = None) -> Float[Array, "T V"]:
     """Logits of every row: how a repaired cache judges a given continuation. The cache stays as it is. `positions` are
     slots, which they differ from where there is a `tail`."""
-    x = embed_rows(params, ids)
+    x = embed_rows(params.outer, ids)
     for start in range(0, cfg.num_layers, SPAN):
         span = slice(start, start + SPAN)
         caches = tuple(zip(cache.k[span], cache.v[span], strict=True))
         x = _continue_span(x, params.layers[span], cfg, positions, caches, how, tail)
-    return _logits(params, cfg, x)
+    return _logits(params.outer, cfg, x)
 
 
 @partial(jax.jit, static_argnames=("cfg", "how"))

@@ -51,13 +51,12 @@ def repair_best(side: Side, scores: Float[Array, "S"], ratio: float, cache: KVCa
     """The cache after the model recomputed the best groups of its own context by `scores`, as `execute` does it for the
     primary."""
     model, prompt = side.model, side.prompt
-    start, context = np.int32(len(prompt.prefix)), bucket(prompt.context_tokens)
-    best = select_on_device(context_scores(scores, start, context), prompt.chunk_lengths, Budget(ratio=ratio))
-    ids = np.zeros(cache.slots, np.int32)
-    ids[: len(prompt.ids)] = prompt.ids
-    end = np.int32(prompt.question_start)  # the question's rows come after this, over what is repaired here
-    x, positions, _ = choose_rows(model.params, jax.device_put(ids, side.sharding), best.mask, start, end, end,
-                                  side.rows(best.count(), "repair"))
+    ids, bounds = prompt.in_slots(cache.slots)
+    bounds[2] = bounds[1]  # the question's rows come after this, over what is repaired here
+    ids, bounds = jax.device_put((ids, bounds), side.sharding)
+    own = context_scores(scores, np.int32(len(prompt.prefix)), bucket(prompt.context_tokens))
+    best = select_on_device(own, prompt.chunk_lengths, Budget(ratio=ratio))
+    x, positions, _ = choose_rows(model.params.outer, ids, bounds, best.mask, side.rows(best.count(), "repair"))
     return push_rows(model.params, model.config, x, positions, cache, model.attention.name)[1]
 
 

@@ -16,7 +16,7 @@ from cacheclip_jax.decode import padded_stop_ids
 from cacheclip_jax.early import early_attention, value_deviation
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.lookahead import lookahead_scores
-from cacheclip_jax.online import first_layers, prefill, question_scores
+from cacheclip_jax.online import ask, first_layers, prefill, question_scores
 from cacheclip_jax.plan import Behind, Scores
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import LayerCache
@@ -50,7 +50,8 @@ class Request:
         return self._make_aux()
 
     def aux_scores(self, scoring: Scoring) -> Scores:
-        """Attention of the question in the aux model. The primary's caches start to load at the same time."""
+        """Attention of the question in the aux model. The primary's caches start to load at the same time, to the
+        device when the aux model's are there."""
         return self.once(("aux_scores", scoring), lambda: self._aux_scores(scoring))
 
     def aux_lookahead(self, steps: int, pool: int) -> Scores:
@@ -98,14 +99,17 @@ class Request:
 
     def _aux_scores(self, scoring: Scoring) -> Scores:
         started, aux = time.perf_counter(), self.aux
-        depth = scoring.depth_in_spans(aux.model.config.num_layers)
+        depth = scoring.layers_run(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
-        self.primary.begin()
         try:
-            scores = question_scores(aux, scoring, feed)
+            asked = ask(aux, scoring, feed)
+            aux.release()
+            self.primary.begin()
+            scores = question_scores(aux, scoring, asked, feed)
         finally:
             if feed is not None:
                 feed.stop()
+        self.primary.release()
         return self._for_context(aux, scores, started)
 
     def _aux_lookahead(self, steps: int, pool: int) -> Scores:
@@ -114,12 +118,13 @@ class Request:
         context = np.array([len(aux.prompt.prefix), aux.prompt.question_start], np.int32)
         scores = lookahead_scores(aux.model.params, aux.model.config, logits, cache, np.int32(len(aux.prompt.ids)),
                                   context, padded_stop_ids(aux.model), steps, pool)
-        return self._for_context(aux, scores, started)
+        return self._for_context(aux, _of_context(aux, scores), started)
 
     def _primary_scores(self, scoring: Scoring, behind: Behind) -> Scores:
         started = time.perf_counter()
         feed = self._keep(behind) if scoring.context != "joint" else None
-        return self._for_context(self.primary, question_scores(self.primary, scoring, feed), started)
+        scores = question_scores(self.primary, scoring, ask(self.primary, scoring, feed), feed)
+        return self._for_context(self.primary, scores, started)
 
     def _value_deviation(self, layer: int, behind: Behind) -> Scores:
         started, model, feed = time.perf_counter(), self.primary.model, self._keep(behind)
@@ -131,7 +136,7 @@ class Request:
                 off = value_deviation(x, model.params.layers[layer], model.config, rows, feed.where,
                                       layer - block.start)
                 feed.computed(off)
-                return self._for_context(self.primary, off, started)
+                return self._for_context(self.primary, _of_context(self.primary, off), started)
             feed.computed(x)
         raise AssertionError("every layer is in a block")
 
@@ -142,24 +147,27 @@ class Request:
         scores = early_attention(x, model.params.layers[layer], model.config, positions,
                                  np.int32(prompt.question_start), np.int32(len(prompt.ids)),
                                  self.primary.rows(len(prompt.question), "question"))
-        return self._for_context(self.primary, scores, started)
+        return self._for_context(self.primary, _of_context(self.primary, scores), started)
 
     def _for_context(self, side: Side, scores: jax.Array, started: float) -> Scores:
-        """A number per slot of a side's prompt -> one per context token of the primary's."""
+        """A number per context token of a side's prompt -> one per context token of the primary's."""
         side.watch("score", scores, started)
         own, ours = side.prompt, self.prompt
         if side.model.tokenizer.identity == self.primary.model.tokenizer.identity:
-            return context_scores(scores, np.int32(len(own.prefix)), bucket(ours.context_tokens))
+            return scores
         return scores_between(np.asarray(scores), own, ours)
 
 
-def scores_between(scores: Float[np.ndarray, "S"], own: Prompt, target: Prompt) -> Float[np.ndarray, "C"]:
-    """A number per slot of a prompt -> one per context token of the same prompt in another tokenizer; see
-    `map_scores`."""
-    ends = len(own.prefix) + np.cumsum(own.chunk_lengths)
-    parts = np.split(scores[: ends[-1]], [len(own.prefix), *ends[:-1]])[1:]
+def scores_between(scores: Float[np.ndarray, "C"], own: Prompt, target: Prompt) -> Float[np.ndarray, "C"]:
+    """A number per context token of a prompt, anything after them -> one per context token of the same prompt in
+    another tokenizer; see `map_scores`."""
+    parts = np.split(scores[: own.context_tokens], np.cumsum(own.chunk_lengths)[:-1])
     return np.concatenate([map_scores(part, theirs.spans, chunk.spans)
                            for part, theirs, chunk in zip(parts, own.chunks, target.chunks, strict=True)])
+
+
+def _of_context(side: Side, scores: Float[jax.Array, "S"]) -> Float[jax.Array, "C"]:
+    return context_scores(scores, np.int32(len(side.prompt.prefix)), bucket(side.prompt.context_tokens))
 
 
 def _check_layer(layer: int, num_layers: int) -> None:

@@ -105,9 +105,16 @@ class Scoring:
         """How many of the first layers must run: up to the last one that is scored, all where tokens are drafted."""
         return num_layers if self.look_ahead else self.layer_indices(num_layers)[-1] + 1
 
-    def depth_in_spans(self, num_layers: int) -> int:
-        """`depth` in whole spans: a layer more takes less than another program, of a shorter span, to compile."""
-        return min(-(-self.depth(num_layers) // SPAN) * SPAN, num_layers)
+    @property
+    def further(self) -> bool:
+        """Whether scoring goes on after a first pass, from the rows and caches that it leaves."""
+        return bool(self.second_pass or self.look_ahead)
+
+    def layers_run(self, num_layers: int) -> int:
+        """How many of the first layers run: `depth`, but over assembled caches in whole spans, since a layer more takes
+        less than another program, of a shorter span, to compile."""
+        depth = self.depth(num_layers)
+        return min(-(-depth // SPAN) * SPAN, num_layers) if self.further or self.context == "joint" else depth
 
     @property
     def key(self) -> Scoring:
@@ -165,6 +172,18 @@ def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConf
     return x, total, tuple(kept)
 
 
+@partial(jax.jit, static_argnames=("cfg", "scoring", "scored", "how", "size"))
+def last_span_scores(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring,
+                     scored: tuple[bool, ...], positions: Int[Array, "T"], last: Int[Array, ""],
+                     rows: Float[Array, "B R H"], where: Placement, total: Float[Array, "S"], how: str,
+                     weights: Float[Array, "B N"] | None, count: Float[Array, ""], prefix: Int[Array, ""], size: int
+                     ) -> Float[Array, "C"]:
+    """The scores of the context after a last `score_span`, whose last layer is scored; `count` layers are. Nothing
+    reads that layer's rows or cache, so the compiler leaves out all of it behind the attention weights."""
+    _, total, _ = score_span(x, layers, cfg, scoring, scored, positions, last, rows, where, total, how, weights)
+    return context_scores(layer_mean(total, weights, count), prefix, size)
+
+
 def embed_and_score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int[Any, "T"], positions: Int[Any, "T"],
                     last: Int[Any, ""], cache: KVCache, how: str = "blocked", weights: Float[Any, "L N"] | None = None
                     ) -> tuple[Float[Array, "T D"], Float[Array, "S"], KVCache]:
@@ -177,7 +196,7 @@ def embed_and_score(params: Params, cfg: ModelConfig, scoring: Scoring, ids: Int
     the caller keeps the context's slots.
     """
     wanted, done = scoring.layer_indices(cfg.num_layers), []
-    x = embed_rows(params, ids)
+    x = embed_rows(params.outer, ids)
     total = jnp.zeros(cache.slots, jnp.float32, device=params.final_norm.sharding)  # where the next one will be
     for start in range(0, len(cache.k), SPAN):
         span = range(start, min(start + SPAN, len(cache.k)))
@@ -208,7 +227,8 @@ cached_score_span = jax.jit(score_layers, static_argnames=("cfg", "scoring", "sc
                             donate_argnames=("x", "caches"))
 
 
-def layer_mean(total: Float[Array, "S"], weights: Float[Any, "L N"] | None, layers: int) -> Float[Array, "S"]:
+def layer_mean(total: Float[Array, "S"], weights: Float[Any, "L N"] | None, layers: int | Float[Array, ""]
+               ) -> Float[Array, "S"]:
     """The mean of what so many layers added up; head weights make the sum itself the score."""
     return total / layers if weights is None else total
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.groups import Grouping, Groups, Reduce, Windows
+from cacheclip_jax.groups import Grouping, Groups, Reduce, Sentences, Windows
 from cacheclip_jax.model.tokenizer import Encoded
 
 
@@ -74,6 +76,39 @@ class Selected:
         return int(np.asarray(self.mask).sum()) if self.at_most is None else self.at_most
 
 
+@struct.dataclass
+class Best:
+    """Which groups there are and how many tokens of the best are taken: all that `select_groups` needs beside scores.
+
+    Groups have at most `longest` tokens and follow one another; one of 0 tokens is padding. They are taken from the top
+    while fewer than `high` tokens are; with `mass`, only until they are `low` tokens and hold this share of all scores
+    (1.0 takes every group). Tokens that are `always` taken cost nothing.
+    """
+
+    sizes: Int[Any, "C"]
+    low: Int[Any, ""]
+    high: Int[Any, ""]
+    mass: Float[Any, ""] | None
+    always: Bool[Any, "C"] | None
+    longest: int = struct.field(pytree_node=False)
+    reduce: Reduce = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, chunk_lengths: Sequence[int], budget: Budget, grouping: Groups | Sentences,
+           chunks: Sequence[Encoded] = (), heads_of_chunks: int = 0) -> Best:
+        """On the host; see `select_on_device` for the arguments."""
+        total = sum(chunk_lengths)
+        target, slots = budget.target(total), bucket(total)
+        always, spent = _heads(chunk_lengths, heads_of_chunks, target, slots)
+        sizes = grouping.sizes(chunk_lengths, chunks).astype(np.int32)
+        low, mass = target, None
+        if budget.mass is not None:
+            low, mass = round(budget.at_least * total), np.float32(budget.mass)
+        sizes = np.pad(sizes, (0, slots - len(sizes)))
+        return cls(sizes, np.int32(low - spent), np.int32(target - spent), mass, always, grouping.longest,
+                   grouping.reduce)
+
+
 def select_on_device(scores: np.ndarray | jax.Array, chunk_lengths: Sequence[int], budget: Budget,
                      grouping: Grouping = Groups(), chunks: Sequence[Encoded] = (),  # noqa: B008 (frozen)
                      heads_of_chunks: int = 0) -> Selected:
@@ -91,26 +126,25 @@ def select_on_device(scores: np.ndarray | jax.Array, chunk_lengths: Sequence[int
     if len(scores) < total:
         raise ValueError(f"{len(scores)} scores for chunks of {total} tokens")
     padded = pad_to_bucket(scores, total)
+    if not isinstance(grouping, Windows):
+        mask = select_groups(padded, Best.of(chunk_lengths, budget, grouping, chunks, heads_of_chunks))
+        return Selected(mask, at_most(total, budget, grouping))
+    if budget.mass is not None:
+        raise BadInput("a mass budget needs Groups or Sentences: the sliding window counts tokens")
     slots, target = len(padded), budget.target(total)
-    always, spent = _heads(chunk_lengths, min(heads_of_chunks, target // max(len(chunk_lengths), 1)), slots)
-    if isinstance(grouping, Windows):
-        if budget.mass is not None:
-            raise BadInput("a mass budget needs Groups or Sentences: the sliding window counts tokens")
-        ends = np.full(slots, total, np.int32)
-        ends[:total] = np.repeat(np.cumsum(chunk_lengths), chunk_lengths)
-        mask = select_windows(padded, ends, np.int32(total), np.int32(target - spent), grouping.size, grouping.density)
-        return Selected(mask if always is None else mask | always, None)
-    sizes = grouping.sizes(chunk_lengths, chunks).astype(np.int32)
-    starts = np.cumsum(sizes, dtype=np.int32) - sizes
-    starts, sizes = (np.pad(x, (0, slots - len(sizes))) for x in (starts, sizes))
-    low, mass = target, None
-    if budget.mass is not None:
-        low, mass = round(budget.at_least * total), np.float32(budget.mass)
-    mask = select_groups(padded, starts, sizes, np.int32(low - spent), np.int32(target - spent), grouping.longest,
-                         grouping.reduce, mass, always)
-    if budget.mass is not None:
-        return Selected(mask, None)
-    return Selected(mask, min(total, target + grouping.longest - 1) if target else 0)
+    always, spent = _heads(chunk_lengths, heads_of_chunks, target, slots)
+    ends = np.full(slots, total, np.int32)
+    ends[:total] = np.repeat(np.cumsum(chunk_lengths), chunk_lengths)
+    mask = select_windows(padded, ends, np.int32(total), np.int32(target - spent), grouping.size, grouping.density)
+    return Selected(mask if always is None else mask | always, None)
+
+
+def at_most(total: int, budget: Budget, grouping: Grouping) -> int | None:
+    """How many of `total` tokens a selection can hold; None where only the scores know."""
+    if isinstance(grouping, Windows) or budget.mass is not None:
+        return None
+    target = budget.target(total)
+    return min(total, target + grouping.longest - 1) if target else 0
 
 
 def pad_to_bucket(scores: np.ndarray | jax.Array, total: int) -> np.ndarray | jax.Array:
@@ -123,8 +157,10 @@ def pad_to_bucket(scores: np.ndarray | jax.Array, total: int) -> np.ndarray | ja
     return padded
 
 
-def _heads(chunk_lengths: Sequence[int], count: int, slots: int) -> tuple[np.ndarray | None, int]:
-    """A mask of each chunk's first `count` tokens and how many they are; None where there are none."""
+def _heads(chunk_lengths: Sequence[int], count: int, target: int, slots: int) -> tuple[np.ndarray | None, int]:
+    """A mask of each chunk's first `count` tokens, fewer where they exceed the `target`, and how many they are; None
+    where there are none."""
+    count = min(count, target // max(len(chunk_lengths), 1))
     if not count:
         return None, 0
     within = np.concatenate([np.arange(length) for length in chunk_lengths])
@@ -132,34 +168,29 @@ def _heads(chunk_lengths: Sequence[int], count: int, slots: int) -> tuple[np.nda
     return mask, int(mask.sum())
 
 
-@partial(jax.jit, static_argnames=("size", "reduce"))
-def select_groups(scores: Float[Array, "C"], starts: Int[Array, "C"], sizes: Int[Array, "C"], low: Int[Array, ""],
-                  high: Int[Array, ""], size: int, reduce: Reduce = "sum", mass: Float[Array, ""] | None = None,
-                  always: Bool[Array, "C"] | None = None) -> Bool[Array, "C"]:
-    """Whole groups from the top while fewer than `high` tokens are taken; with `mass`, only until they are `low` tokens
-    and hold this share of all scores (1.0 takes every group).
-
-    A group has at most `size` tokens, one of 0 tokens is padding. Tokens that are `always` taken cost nothing.
-    """
+@jax.jit
+def select_groups(scores: Float[Array, "C"], best: Best) -> Bool[Array, "C"]:
+    """Whole groups from the top, as `best` says: a mask over the context."""
     # Gathered, not scattered: sums come out the same every time, also where a scatter adds in any order.
-    within = jnp.arange(size)
-    tokens = jnp.minimum(starts[:, None] + within, scores.shape[0] - 1)
+    sizes, within = best.sizes, jnp.arange(best.longest)
+    starts = jnp.cumsum(sizes) - sizes
+    tokens = jnp.minimum(starts[:, None] + within, len(scores) - 1)
     belongs = within < sizes[:, None]
     values = jnp.where(belongs, scores[tokens], 0)
     sums, costs = values.sum(1), sizes
-    rank = {"sum": sums, "mean": sums / jnp.maximum(sizes, 1), "max": values.max(1)}[reduce]
-    if always is not None:
-        costs = (belongs & ~always[tokens]).sum(1)
+    rank = {"sum": sums, "mean": sums / jnp.maximum(sizes, 1), "max": values.max(1)}[best.reduce]
+    if best.always is not None:
+        costs = (belongs & ~best.always[tokens]).sum(1)
     order = jnp.argsort(jnp.where(sizes > 0, -rank, jnp.inf), stable=True)  # ties: the earlier group
     before = jnp.cumsum(costs[order]) - costs[order]
-    taken = before < high
-    if mass is not None:
+    taken = before < best.high
+    if best.mass is not None:
         held = jnp.cumsum(sums[order]) - sums[order]
-        taken &= (before < low) | (held < jnp.where(mass >= 1, jnp.inf, mass * sums.sum()))
+        taken &= (before < best.low) | (held < jnp.where(best.mass >= 1, jnp.inf, best.mass * sums.sum()))
     taken = jnp.zeros_like(taken).at[order].set(taken) & (sizes > 0)
-    chosen = jnp.where(taken[:, None] & belongs, starts[:, None] + within, starts.shape[0])
-    mask = jnp.zeros(starts.shape[0], bool).at[chosen.reshape(-1)].set(True, mode="drop")
-    return mask if always is None else mask | always
+    chosen = jnp.where(taken[:, None] & belongs, starts[:, None] + within, len(scores))
+    mask = jnp.zeros(len(scores), bool).at[chosen.reshape(-1)].set(True, mode="drop")
+    return mask if best.always is None else mask | best.always
 
 
 @partial(jax.jit, static_argnames=("size", "density"))

@@ -59,7 +59,10 @@ class Side(Protocol):
         """The caches of at least the first `depth` layers; a chunk that isn't `wanted` may be left out."""
 
     def begin(self) -> None:
-        """Hear that a feed of this side will be asked for, so that it may start to load."""
+        """Hear that a feed of this side will be asked for, so that it may start to load to the host."""
+
+    def release(self) -> None:
+        """Hear that small inputs, which would wait behind caches, are on their way: these may follow to the device."""
 
     def rows(self, count: int, stage: Stage) -> int:
         """How many rows, padding included, a program for `count` rows has."""

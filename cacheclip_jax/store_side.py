@@ -50,7 +50,12 @@ class StoreSide:
     def begin(self) -> None:
         """Start to load all layers of what is reused."""
         if self._reuses is not None and not self._feeds:
-            self._begun = self._load(self._reuses, self.model.config.num_layers, None, held=True)
+            self._begun = self._load(self._reuses, self.model.config.num_layers, None)
+
+    def release(self) -> None:
+        """Let copies of every feed begin."""
+        for feed in self._feeds:
+            feed.release()
 
     def rows(self, count: int, stage: Stage) -> int:
         """The bucket that holds `count` rows."""
@@ -65,8 +70,8 @@ class StoreSide:
         for feed in self._feeds:
             feed.stop()
 
-    def _load(self, behind: Behind, depth: int, wanted: Sequence[bool] | None, held: bool = False) -> Feed:
+    def _load(self, behind: Behind, depth: int, wanted: Sequence[bool] | None) -> Feed:
         feed = Feed(self._caches, self._passages, self.prompt.chunk_lengths, behind, self.slots, depth, self._pool,
-                    self._clock, self._accounting, wanted, held)
+                    self._clock, self._accounting, wanted)
         self._feeds.append(feed)
         return feed

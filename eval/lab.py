@@ -160,6 +160,9 @@ class ResidentSide:
     def begin(self) -> None:
         """Nothing is loaded here."""
 
+    def release(self) -> None:
+        """Nothing is held back here."""
+
     def rows(self, count: int, stage: Stage) -> int:
         """The size that holds `count` rows, of fewer sizes than the engine has."""
         return bucket(count, *_ROWS[stage])

@@ -100,7 +100,8 @@ def compare(primary: ResidentSide, aux: ResidentSide) -> Iterator[Row]:
     depth = primary.model.config.num_layers
 
     def by_layer(side: ResidentSide, context: Context) -> dict[str, list[np.ndarray]]:
-        return {rows: [scores_between(scores, side.prompt, primary.prompt) for scores in layers]
+        prefix = len(side.prompt.prefix)
+        return {rows: [scores_between(scores[prefix:], side.prompt, primary.prompt) for scores in layers]
                 for rows, layers in attention(side, context).items()}
 
     ours = by_layer(primary, "joint")

@@ -47,7 +47,7 @@ class Teacher:
         prompt, found = request.prompt, request.once("teacher", lambda: verdict(request))
         scores = context_scores(found.scores[self.target][0], np.int32(len(prompt.prefix)),
                                 bucket(prompt.context_tokens))
-        return best(request, scores, self.budget, self.grouping)
+        return best(request, lambda: scores, self.budget, self.grouping)
 
 
 def verdict(request: Request, teaching: Teaching = Teaching()) -> Verdict:  # noqa: B008 (frozen)

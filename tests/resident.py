@@ -71,6 +71,8 @@ class ResidentSide:
     def begin(self) -> None:
         pass
 
+    release = begin
+
     def rows(self, count: int, stage: str) -> int:
         return bucketed(count, stage)
 

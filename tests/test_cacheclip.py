@@ -64,6 +64,22 @@ def test_nothing_waits_for_scores_where_the_tokenizers_agree(same):
     assert isinstance(planned.scores, jax.Array)
 
 
+def test_all_that_a_request_sends_to_the_device_is_sent_explicitly(same):
+    """Not as a program's argument, where it would wait behind caches that are under way."""
+    for method in (AuxGuided(), AuxGuided(heads_of_chunks=2, prefix="none"), AuxGuided(scoring=weighted(same))):
+        expected = same.prefill(QUESTION, TEXTS[:4], method=method)
+        with jax.transfer_guard_host_to_device("disallow"):
+            got = same.prefill(QUESTION, TEXTS[:4], method=method)
+        np.testing.assert_array_equal(got.logits, expected.logits)
+
+
+def weighted(clip) -> Scoring:
+    """The default scoring with random weights of heads."""
+    cfg = clip.aux.model.config
+    weights = np.random.default_rng(0).random((len(Scoring().layer_indices(cfg.num_layers)), cfg.num_heads))
+    return Scoring(head_weights=tuple(map(tuple, weights.tolist())))
+
+
 def test_a_second_request_with_every_option_compiles_nothing(clip):
     clip.ask(QUESTION, TEXTS[:4], method=EVERYTHING, max_new_tokens=4)
     assert clip.ask(OTHER, TEXTS[3::-1], method=EVERYTHING, max_new_tokens=4).compiles == 0

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, ChunkStore, Passage, caches, copies, feed, online, pages
+from cacheclip_jax import CacheClip, ChunkStore, Passage, caches, copies, feed, online, pages, request
 from cacheclip_jax.errors import StoreError
+from cacheclip_jax.loader import BlockLoader
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.pages import HostPages, PageLayout
 from cacheclip_jax.tier import Tier
@@ -192,3 +195,67 @@ def test_pages_are_made_for_copies_worth_their_call(models):
     layout = PageLayout.of(cfg, np.dtype(jnp.bfloat16))
     assert [len(block) for block in layout.blocks] == [4] * 7
     assert layout.nbytes(layout.blocks[0]) == 2 << 20 and layout.pages(257) == 2
+
+
+class Sent:
+    """A copier that only notes what it sends."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def send(self, number, chunks):
+        self.blocks.append(number)
+        return number
+
+    def finish(self):
+        pass
+
+    computed = finish
+
+
+@pytest.fixture
+def loading():
+    """A loader of three blocks; at the end its thread must have ended."""
+    pool, sent = ThreadPoolExecutor(1), Sent()
+    loader = BlockLoader(pool, sent, [], 3, 2, lambda index, error: None)
+    yield loader, sent
+    loader.stop()
+    done = Event()
+    pool.submit(done.set)
+    assert done.wait(10)
+
+
+def test_nothing_is_copied_before_a_release_or_the_first_take(loading):
+    loader, sent = loading
+    time.sleep(0.05)
+    assert not sent.blocks
+    loader.release()
+    assert loader.take(0) == 0 and sent.blocks[0] == 0
+
+
+def test_the_first_take_releases_too(loading):
+    loader, _ = loading
+    assert [loader.take(n) for n in range(2)] == [0, 1]
+
+
+def test_stopping_before_a_release_copies_nothing_and_ends_the_thread(loading):
+    loader, sent = loading
+    loader.stop()
+    with pytest.raises(RuntimeError, match="stopped"):
+        loader.take(0)
+    assert not sent.blocks
+
+
+def test_a_request_that_fails_between_begin_and_release_leaves_no_thread_behind(models, store, monkeypatch):
+    clip = CacheClip(*models, store)
+    expected = prefilled(clip, TEXTS[:3])
+
+    def broken(*args):
+        raise StoreError("no scores")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(request, "question_scores", broken)
+        for _ in range(80):  # more than the pool has threads
+            with pytest.raises(StoreError, match="no scores"):
+                clip.prefill(QUESTION, TEXTS[:3])
+    assert max_diff(prefilled(clip, TEXTS[:3]).logits, expected.logits) == 0

@@ -125,7 +125,9 @@ def test_drafted_tokens_find_room_where_the_cache_has_none_left(qwen2):
 def test_look_ahead_needs_all_layers_and_other_scorings_only_those_scored():
     assert Scoring(layers=(3,)).depth(24) == 4 and Scoring(layers=(3,), second_pass=0.1).depth(24) == 4
     assert Scoring(layers=(3,), look_ahead=1).depth(24) == 24
-    assert [Scoring(layers=(n,)).depth_in_spans(25) for n in (0, 1, 2, 24)] == [2, 2, 4, 25]
+    assert [Scoring(layers=(n,)).layers_run(25) for n in (0, 1, 2, 24)] == [1, 2, 3, 25]
+    for assembled_first in ({"context": "joint"}, {"second_pass": 0.1}):
+        assert [Scoring(layers=(n,), **assembled_first).layers_run(25) for n in (0, 1, 2, 24)] == [2, 2, 4, 25]
 
 
 def test_the_first_drafted_token_is_the_one_that_the_question_predicts(qwen2):

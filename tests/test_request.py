@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,13 +12,16 @@ import pytest
 from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.attention import reshaped, row_attention_reference
 from cacheclip_jax.errors import BadInput
+from cacheclip_jax.groups import Sentences
 from cacheclip_jax.lookahead import average_pool
+from cacheclip_jax.methods import AuxGuided
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.rope import rotate
 from cacheclip_jax.online import execute, parallel_positions
 from cacheclip_jax.plan import Plan, Reshape, Tail
 from cacheclip_jax.recompute import continuation_logits
 from cacheclip_jax.score import Scoring
+from cacheclip_jax.select import Budget, select
 from tests.conftest import TINY, assembled, full_prefill, max_diff, rows, scores_over, stacked
 from tests.resident import SLOTS, by_hand, of_context, request
 
@@ -144,6 +150,21 @@ def test_average_pool_counts_what_is_beyond_the_ends_as_zero():
 
 def some(r, *tokens: int) -> np.ndarray:
     return np.isin(np.arange(r.prompt.context_tokens), tokens)
+
+
+@pytest.mark.parametrize("options", [{"heads_of_chunks": 2}, {"grouping": Sentences(5)}, {"prefix": "none"}], ids=str)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_rows_made_together_with_a_selection_are_those_of_its_mask(qwen2, ratio, options):
+    r = request(qwen2)
+    method = AuxGuided(Budget(ratio=ratio), **options)
+    plan = method.plan(r)
+    chosen = select(np.asarray(plan.scores), r.prompt.chunk_lengths, method.budget, method.grouping, r.prompt.chunks,
+                    method.heads_of_chunks)
+    np.testing.assert_array_equal(of_context(r, plan.recompute), chosen)
+    assert plan.rows is not None and plan.fetched(r.prompt.context_tokens).rows is None
+    one, two = (execute(r, p, method.caches) for p in (dataclasses.replace(plan, rows=None), plan))
+    for a, b in zip(*(jax.tree.leaves((done.logits, done.cache)) for done in (one, two)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("dense", [0, 1, 2, 3])

@@ -14,8 +14,19 @@ from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.rope import rotate
-from cacheclip_jax.score import SCORINGS, Scoring, map_scores
+from cacheclip_jax.online import ask
+from cacheclip_jax.recompute import embed_rows
+from cacheclip_jax.score import (
+    SCORINGS,
+    Scoring,
+    context_scores,
+    last_span_scores,
+    layer_mean,
+    map_scores,
+    score_span,
+)
 from tests.conftest import assembled, full_prefill, max_diff, random_prompt, scores_over
+from tests.resident import ResidentSide
 
 
 @jax.default_matmul_precision("highest")
@@ -43,6 +54,27 @@ def asked_over_cache(params, cfg, chunks, question, slots=64, pad=4):
     ids = np.concatenate([question, np.zeros(pad, np.int32)])
     positions = np.concatenate([start + np.arange(len(question)), np.full(pad, -1)]).astype(np.int32)
     return ids, positions, np.int32(len(question) - 1), cache
+
+
+@pytest.mark.parametrize("scored", [(True, True), (False, True)])
+@pytest.mark.parametrize("rows", ["last", "mean"])
+def test_the_last_span_scores_as_a_whole_one_and_computes_nothing_behind_its_last_weights(qwen2, scored, rows):
+    cfg, params = qwen2
+    side, scoring = ResidentSide(qwen2), Scoring(layers=(0, 1), rows=rows)
+    feed = side.feed("shared", 2)
+    asked = ask(side, scoring, feed)
+
+    def given():
+        return (embed_rows(params, asked.ids), params.layers[:2], cfg, scoring.span_key, scored, asked.positions,
+                asked.known, feed.take(0), feed.where, asked.total, "blocked", None)
+
+    end = asked.count, asked.prefix, 128
+    expected = context_scores(layer_mean(score_span(*given())[1], None, 2), asked.prefix, 128)
+    np.testing.assert_array_equal(last_span_scores(*given(), *end), expected)
+    whole, last = (f.lower(*args).compile().cost_analysis()["flops"]
+                   for f, args in ((score_span, given()), (last_span_scores, (*given(), *end))))
+    finish = 2 * len(asked.ids) * cfg.d_model * (cfg.num_heads * cfg.head_dim + 3 * cfg.d_mlp)
+    assert last < whole - finish
 
 
 @pytest.mark.parametrize("how", ["blocked", "mosaic_gpu"])  # the second leaves so few rows to `dense`, on a CPU too

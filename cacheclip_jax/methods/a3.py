@@ -41,4 +41,4 @@ class A3(ByPrefix):
         scores = jnp.asarray(request.early_scores(self.layer))
         context = np.arange(len(scores)) < request.prompt.context_tokens
         pooled = average_pool(jnp.where(context, scores, 0), self.pool)
-        return best(request, pooled, self.budget, Groups(1), dense_layers=self.layer)
+        return best(request, lambda: pooled, self.budget, Groups(1), dense_layers=self.layer)

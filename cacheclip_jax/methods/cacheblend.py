@@ -27,5 +27,5 @@ class CacheBlend(ByPrefix):
 
     def plan(self, request: Request) -> Plan:
         """The tokens of highest deviation, until the budget is spent."""
-        off = request.value_deviation(self.layer, self.prefix)
-        return best(request, off, self.budget, Groups(1), dense_layers=self.layer + 1)
+        return best(request, lambda: request.value_deviation(self.layer, self.prefix), self.budget, Groups(1),
+                    dense_layers=self.layer + 1)

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Groups
-from cacheclip_jax.methods.method import ByPrefix
+from cacheclip_jax.methods.method import ByPrefix, best
 from cacheclip_jax.plan import Behind, Plan
-from cacheclip_jax.ranking import Ranking, rank
+from cacheclip_jax.ranking import Ranking
 from cacheclip_jax.request import Request
 from cacheclip_jax.score import Scoring
-from cacheclip_jax.select import Budget, select_on_device
+from cacheclip_jax.select import Budget
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,5 @@ class AuxGuided(ByPrefix):
 
     def plan(self, request: Request) -> Plan:
         """The best groups by aux score, until the budget is spent."""
-        prompt, scores = request.prompt, request.aux_scores(self.scoring)
-        ranks = rank(scores, prompt.chunks, self.ranking)
-        chosen = select_on_device(ranks, prompt.chunk_lengths, self.budget, self.grouping, prompt.chunks,
-                                  self.heads_of_chunks)
-        return Plan(chosen.mask, scores, chosen.at_most)
+        return best(request, lambda: request.aux_scores(self.scoring), self.budget, self.grouping,
+                    ranking=self.ranking, heads_of_chunks=self.heads_of_chunks)

@@ -26,5 +26,5 @@ class FusionRAG(ByPrefix):
 
     def plan(self, request: Request) -> Plan:
         """The tokens whose last-layer keys the question matches best; a mean over rows ranks as the sum does."""
-        scores = request.primary_scores(Scoring(layers="last", rows="mean", context="alone"), self.prefix)
-        return best(request, scores, self.budget, Groups(1))
+        scoring = Scoring(layers="last", rows="mean", context="alone")
+        return best(request, lambda: request.primary_scores(scoring, self.prefix), self.budget, Groups(1))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
+import jax
+
 from cacheclip_jax.errors import BadInput
+from cacheclip_jax.groups import Grouping, Windows
 from cacheclip_jax.plan import Behind, Caches, Plan, Scores
+from cacheclip_jax.ranking import Ranking, rank
+from cacheclip_jax.recompute import best_rows
 from cacheclip_jax.request import Request
-from cacheclip_jax.select import Budget, Groups, Windows, select_on_device
+from cacheclip_jax.select import Best, Budget, at_most, pad_to_bucket, select_on_device
 
 
 class Method(Protocol):
@@ -40,7 +46,24 @@ class ByPrefix:
         return self.prefix
 
 
-def best(request: Request, scores: Scores, budget: Budget, grouping: Groups | Windows, dense_layers: int = 0) -> Plan:
-    """A plan that recomputes the groups with the highest scores, until the budget is spent."""
-    chosen = select_on_device(scores, request.prompt.chunk_lengths, budget, grouping)
-    return Plan(chosen.mask, scores, chosen.at_most, dense_layers)
+def best(request: Request, signal: Callable[[], Scores], budget: Budget, grouping: Grouping, dense_layers: int = 0,
+         ranking: Ranking = Ranking(), heads_of_chunks: int = 0) -> Plan:  # noqa: B008 (frozen)
+    """A plan that recomputes the groups which a signal ranks highest, until the budget is spent.
+
+    Where that bounds the number of rows, one program goes from the scores to the rows, and what it needs beside them is
+    on its way to the device before the signal makes any cache load.
+    """
+    side, prompt = request.primary, request.prompt
+    most = at_most(prompt.context_tokens, budget, grouping)
+    if most is None or isinstance(grouping, Windows):
+        scores = signal()
+        chosen = select_on_device(rank(scores, prompt.chunks, ranking), prompt.chunk_lengths, budget, grouping,
+                                  prompt.chunks, heads_of_chunks)
+        return Plan(chosen.mask, scores, dense_layers=dense_layers)
+    groups = Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
+    ids, bounds, groups = jax.device_put((*prompt.in_slots(side.slots), groups), side.sharding)
+    scores = signal()
+    ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking), prompt.context_tokens)
+    mask, rows = best_rows(side.model.params.outer, ids, bounds, jax.device_put(ranks, side.sharding), groups,
+                           side.rows(most + len(prompt.question), "repair"))
+    return Plan(mask, scores, most, dense_layers, rows=rows)

@@ -27,5 +27,4 @@ class Oracle:
 
     def plan(self, request: Request) -> Plan:
         """The groups of highest attention."""
-        scores = request.primary_scores(self.scoring, "shared")
-        return best(request, scores, self.budget, self.grouping)
+        return best(request, lambda: request.primary_scores(self.scoring, "shared"), self.budget, self.grouping)

@@ -27,5 +27,5 @@ class ProphetKV(ByPrefix):
 
     def plan(self, request: Request) -> Plan:
         """The tokens that the question attends to most."""
-        scores = request.primary_scores(Scoring(layers="all", rows="mean"), self.prefix)
-        return best(request, scores, self.budget, self.grouping)
+        scoring = Scoring(layers="all", rows="mean")
+        return best(request, lambda: request.primary_scores(scoring, self.prefix), self.budget, self.grouping)

@@ -48,6 +48,12 @@ class Params:
     final_norm: Any  # [D]
     head: Any = None  # [V, D]
 
+    @property
+    def outer(self) -> Params:
+        """All but the layers, for programs that only embed or only make logits: a call flattens every array it is
+        given, and the layers are hundreds."""
+        return Params(self.embed, (), self.final_norm, self.head)
+
 
 def abstract(cfg: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
     """Shapes, dtypes and shardings of a model's weights, as a Params of `jax.ShapeDtypeStruct`.
