@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 from jaxtyping import Int
@@ -75,6 +77,10 @@ class Prompt:
     prefix: tuple[int, ...]
     chunks: tuple[Encoded, ...]
     question: tuple[int, ...]
+
+    def narrowed(self, stays: Sequence[bool]) -> Prompt:
+        """The prompt of the chunks that stay."""
+        return replace(self, chunks=tuple(compress(self.chunks, stays)))
 
     @cached_property
     def chunk_lengths(self) -> tuple[int, ...]:

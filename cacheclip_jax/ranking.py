@@ -67,6 +67,16 @@ def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ran
                        lead, share)
 
 
+def best_chunks(scores: Float[np.ndarray, "C"], lengths: Sequence[int], share: float) -> tuple[bool, ...]:
+    """Which chunks of these lengths hold the most score: from the top, until they hold `share` of all tokens."""
+    totals = np.array([part.sum() for part in np.split(scores, np.cumsum(lengths)[:-1])])
+    order = np.argsort(-totals, stable=True)  # ties: the earlier chunk
+    before = np.cumsum(np.array(lengths)[order]) - np.array(lengths)[order]
+    stays = np.zeros(len(lengths), bool)
+    stays[order[before < share * sum(lengths)]] = True
+    return tuple(stays.tolist())
+
+
 @partial(jax.jit, static_argnames=("chunks", "smooth"))
 def rank_tokens(scores: Float[Array, "C"], chunk: Int[Array, "C"], keep: Bool[Array, "C"], power: Float[Array, ""],
                 chunks: int, smooth: int, lead: Bool[Array, "C"], share: Float[Array, ""]) -> Float[Array, "C"]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.ranking import Ranking, rank
+from cacheclip_jax.ranking import Ranking, best_chunks, rank
 from tests.test_select import lengths, scores_for, words
 
 TEXTS = ["One two, three. - Four", "five 6 *** seven", "... eight"]
@@ -67,3 +67,9 @@ def test_no_ranking_leaves_the_scores_themselves():
 def test_a_ranking_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
         Ranking(**wrong)
+
+
+def test_the_best_chunks_stay_until_they_hold_their_share_of_the_tokens():
+    scores = np.repeat([0.1, 0.5, 0.2, 0.2], [4, 2, 2, 8]) / np.repeat([4, 2, 2, 8], [4, 2, 2, 8])
+    for share, stays in ((0.01, [1]), (0.125, [1]), (0.13, [1, 2]), (0.25, [1, 2]), (0.5, [1, 2, 3]), (1.0, range(4))):
+        np.testing.assert_array_equal(np.flatnonzero(best_chunks(scores, [4, 2, 2, 8], share)), list(stays))
