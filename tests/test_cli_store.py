@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from cacheclip_jax.methods import method
+from cacheclip_jax import online
 from tests.command_line import (
     QUESTION,
     ask,
@@ -144,13 +144,13 @@ def test_verify_passes_on_a_healthy_pair_and_fails_beyond_its_limits(models, tmp
 
 def test_verify_fails_when_recomputing_is_wrong(models, tmp_path, monkeypatch):
     write_corpus(tmp_path)
-    best_rows = method.best_rows
+    choose_rows = online.choose_rows
 
     def shifted(*args):
-        mask, (x, positions, last) = best_rows(*args)
-        return mask, (x, positions.at[last].add(1), last)
+        x, positions, last = choose_rows(*args)
+        return x, positions.at[last].add(1), last
 
-    monkeypatch.setattr(method, "best_rows", shifted)
+    monkeypatch.setattr(online, "choose_rows", shifted)
     checked = cacheclip("verify", tmp_path, "--question", QUESTION, *models, "--ratio", 1, "--json")
     assert checked.code == 1
     assert not json.loads(checked.out)[0]["passed"]

@@ -61,7 +61,7 @@ def test_joint_scores_of_the_primary_are_its_full_prefill_attention(qwen2):
     r = request(qwen2)
     layers, _ = by_hand(params, cfg, r.prompt.ids)
     expected = np.mean([layer.weights[-1].mean(0) for layer in layers], 0)[context(r.prompt)]
-    np.testing.assert_allclose(of_context(r, r.primary_scores(Scoring(layers="all", context="joint"), "shared")),
+    np.testing.assert_allclose(of_context(r, r.primary_scores(Scoring("all", "last", context="joint"), "shared")),
                                expected, atol=1e-5)
 
 

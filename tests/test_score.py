@@ -102,7 +102,7 @@ def test_value_norms_weigh_each_head_s_attention(qwen2):
     prefix, chunk, question = random_prompt(cfg, (5, 30, 9))
     ids = np.concatenate([prefix, chunk, question])
     *rest, cache = asked_over_cache(params, cfg, [prefix, chunk], question)
-    scores = scores_over(params, cfg, Scoring(layers=(1,), values=True), *rest, cache)
+    scores = scores_over(params, cfg, Scoring(layers=(1,), rows="last", values=True), *rest, cache)
     norms = np.repeat(np.linalg.norm(np.asarray(cache.v[1]), axis=-1), cfg.num_heads // cfg.num_kv_heads, 0)
     expected = (attention_by_hand(params, cfg, ids, 1)[-1, :, :35] * norms[:, :35]).mean(0)
     assert max_diff(scores[:35], expected) < 1e-5
@@ -113,7 +113,7 @@ def test_head_weights_replace_the_mean_over_layers_and_heads(qwen2):
     prefix, chunk, question = random_prompt(cfg, (5, 30, 9))
     ids = np.concatenate([prefix, chunk, question])
     given = np.random.default_rng(0).random((2, cfg.num_heads))
-    scoring = Scoring(layers=(0, 2), head_weights=tuple(map(tuple, given.tolist())))
+    scoring = Scoring(layers=(0, 2), rows="last", head_weights=tuple(map(tuple, given.tolist())))
     parts = asked_over_cache(params, cfg, [prefix, chunk], question)
     scores = scores_over(params, cfg, scoring, *parts)
     seen = [attention_by_hand(params, cfg, ids, index)[-1] for index in (0, 2)]
