@@ -33,11 +33,9 @@ class Times:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which context tokens were recomputed, which stayed in the prompt (both boolean), and the aux scores behind it,
-    where the method has any."""
+    """Which context tokens were recomputed (boolean), and the aux scores behind it, where the method has any."""
 
     recompute: np.ndarray
-    stays: np.ndarray
     scores: np.ndarray | None
 
 
@@ -64,7 +62,6 @@ class Result:
     times: Times
     passages: tuple[Passage, ...] = field(repr=False)
     selection: Selection = field(repr=False)
-    left_out: tuple[str, ...] = ()  # ids of passages that the method took out of the prompt
 
     @property
     def decode_tokens_per_second(self) -> float:

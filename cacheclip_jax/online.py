@@ -50,8 +50,6 @@ class Repaired:
 
 def execute(request: Request, plan: Plan, behind: Caches) -> Repaired:
     """Do what a plan says, over chunk caches encoded `behind` the shared prefix or nothing; None reuses nothing."""
-    if plan.chunks is not None:
-        return execute(request.narrowed(plan.chunks), plan.narrowed(request.prompt.chunk_lengths), behind)
     side, end = request.primary, len(request.prompt.ids)
     if plan.drop:
         return _prefill_kept(side, plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,8 +44,6 @@ class Plan:
         n - 1 full layers of the whole prompt and the projections of another one, from whose attention on only these
         rows go on.
       drop: the others aren't in the cache at all; the kept ones stay at their positions in the whole prompt.
-      chunks: which chunks stay in the prompt. The others are left out as if nobody had retrieved them; what follows
-        moves up. `recompute` is on the host then, and False in what is left out.
       reshape: every chunk begins where the first one does, the question after the longest, and attends as `Reshape`
         says; nothing is recomputed.
 
@@ -60,13 +57,11 @@ class Plan:
     dense_layers: int = 0
     drop: bool = False
     reshape: Reshape | None = None
-    chunks: tuple[bool, ...] | None = None
     rows: tuple[Float[Array, "T D"], Int[Array, "T"], Int[Array, ""]] | None = None
 
     def __post_init__(self) -> None:
-        ways = (self.dense_layers > 0), self.drop, self.reshape is not None, self.chunks is not None
-        if sum(ways) > 1:
-            raise ValueError("a plan has one of dense_layers, drop, reshape and chunks")
+        if (self.dense_layers > 0) + self.drop + (self.reshape is not None) > 1:
+            raise ValueError("a plan has one of dense_layers, drop and reshape")
 
     @property
     def plain(self) -> bool:
@@ -76,11 +71,6 @@ class Plan:
     def count(self) -> int:
         """Tokens to recompute, or what bounds them; waits for the device only where nothing does."""
         return int(np.asarray(self.recompute).sum()) if self.at_most is None else self.at_most
-
-    def narrowed(self, lengths: Sequence[int]) -> Plan:
-        """The plan over the chunks that stay, of a prompt with chunks of these `lengths`."""
-        stays = np.repeat(np.array(self.chunks), lengths)
-        return Plan(np.asarray(self.recompute)[stays], at_most=self.at_most)
 
     def fetched(self, context_tokens: int) -> Plan:
         """The plan on the host, one entry per context token."""

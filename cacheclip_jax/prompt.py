@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress
 
 import numpy as np
 from jaxtyping import Int
@@ -77,10 +75,6 @@ class Prompt:
     prefix: tuple[int, ...]
     chunks: tuple[Encoded, ...]
     question: tuple[int, ...]
-
-    def narrowed(self, stays: Sequence[bool]) -> Prompt:
-        """The prompt of the chunks that stay."""
-        return replace(self, chunks=tuple(compress(self.chunks, stays)))
 
     @cached_property
     def chunk_lengths(self) -> tuple[int, ...]:

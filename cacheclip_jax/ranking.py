@@ -28,21 +28,16 @@ class Ranking:
     chunk_power: a score is multiplied by its chunk's total to this power: -1 gives every chunk the same total, -0.5
       is half-way there, positive powers prefer the chunks that the question attends to.
     smooth: each score becomes the mean of this odd number of tokens around it, fewer at a chunk's ends.
-    lead: the first so many tokens of a chunk score at least 1/lead of its best token, so that as one group they come
-      right behind its best group: where a chunk is repaired, its beginning, which many tokens attend to, is too.
     """
 
     skip_first: int = 0
     skip_formatting: bool = False
     chunk_power: float = 0.0
     smooth: int = 1
-    lead: int = 0
 
     def __post_init__(self) -> None:
         if self.skip_first < 0:
             raise BadInput(f"skip_first={self.skip_first} is out of range: it must be 0 (none) or more")
-        if self.lead < 0:
-            raise BadInput(f"lead={self.lead} is out of range: it must be 0 (none) or more")
         if self.smooth < 1 or self.smooth % 2 == 0:
             raise BadInput(f"smooth={self.smooth} is out of range: an odd number of tokens, 1 for none but itself")
         if not -4 <= self.chunk_power <= 4:
@@ -56,36 +51,21 @@ def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ran
         return scores
     lengths = [len(c.ids) for c in chunks]
     padded = pad_to_bucket(scores, sum(lengths))
-    chunk, (keep, lead) = np.full(len(padded), -1, np.int32), np.zeros((2, len(padded)), bool)
+    chunk, keep = np.full(len(padded), -1, np.int32), np.zeros(len(padded), bool)
     chunk[: sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
     keep[: sum(lengths)] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
-    lead[: sum(lengths)] = np.concatenate([np.arange(n) < ranking.lead for n in lengths])
     if ranking.skip_formatting:
         keep[: sum(lengths)] &= ~np.concatenate([c.formatting for c in chunks])
-    share = np.float32(1 / max(ranking.lead, 1))
-    return rank_tokens(padded, chunk, keep, np.float32(ranking.chunk_power), bucket(len(chunks), 16), ranking.smooth,
-                       lead, share)
-
-
-def best_chunks(scores: Float[np.ndarray, "C"], lengths: Sequence[int], share: float) -> tuple[bool, ...]:
-    """Which chunks of these lengths hold the most score: from the top, until they hold `share` of all tokens."""
-    totals = np.array([part.sum() for part in np.split(scores, np.cumsum(lengths)[:-1])])
-    order = np.argsort(-totals, stable=True)  # ties: the earlier chunk
-    before = np.cumsum(np.array(lengths)[order]) - np.array(lengths)[order]
-    stays = np.zeros(len(lengths), bool)
-    stays[order[before < share * sum(lengths)]] = True
-    return tuple(stays.tolist())
+    return rank_tokens(padded, chunk, keep, np.float32(ranking.chunk_power), bucket(len(chunks), 16), ranking.smooth)
 
 
 @partial(jax.jit, static_argnames=("chunks", "smooth"))
 def rank_tokens(scores: Float[Array, "C"], chunk: Int[Array, "C"], keep: Bool[Array, "C"], power: Float[Array, ""],
-                chunks: int, smooth: int, lead: Bool[Array, "C"], share: Float[Array, ""]) -> Float[Array, "C"]:
+                chunks: int, smooth: int) -> Float[Array, "C"]:
     """Zero scores that aren't kept, multiply each by its chunk's total to a power, average over neighbours of the same
-    chunk, raise those in `lead` to a share of their chunk's highest; `chunk` is each token's, below `chunks`, and -1
-    for padding."""
-    own = chunk == jnp.arange(chunks)[:, None]
+    chunk; `chunk` is each token's, below `chunks`, and -1 for padding."""
     scores = jnp.where(keep, scores, 0)
-    totals = jnp.where(own, scores, 0).sum(1)
+    totals = jnp.where(chunk == jnp.arange(chunks)[:, None], scores, 0).sum(1)
     scores *= jnp.where(totals > 0, totals, 1)[jnp.maximum(chunk, 0)] ** power
     reach = smooth // 2
     near, of = jnp.pad(scores, reach), jnp.pad(chunk, reach, constant_values=-1)
@@ -94,6 +74,4 @@ def rank_tokens(scores: Float[Array, "C"], chunk: Int[Array, "C"], keep: Bool[Ar
         same = of[first : first + len(scores)] == chunk
         total += jnp.where(same, near[first : first + len(scores)], 0)
         count += same
-    means = total / count
-    best = jnp.where(own, means, 0).max(1)[jnp.maximum(chunk, 0)]
-    return jnp.where(lead, jnp.maximum(means, share * best), means)
+    return total / count

@@ -49,14 +49,10 @@ class Request:
         """The aux model's side."""
         return self._make_aux()
 
-    def narrowed(self, stays: Sequence[bool]) -> Request:
-        """The same question over the chunks that stay; signals are computed anew."""
-        return Request(self.primary.narrowed(stays), lambda: self.aux.narrowed(stays))
-
-    def aux_scores(self, scoring: Scoring, ahead: bool = True) -> Scores:
+    def aux_scores(self, scoring: Scoring) -> Scores:
         """Attention of the question in the aux model. The primary's caches start to load at the same time, to the
-        device when the aux model's are there; unless what is loaded depends on the scores, and none may go `ahead`."""
-        return self.once(("aux_scores", scoring), lambda: self._aux_scores(scoring, ahead))
+        device when the aux model's are there."""
+        return self.once(("aux_scores", scoring), lambda: self._aux_scores(scoring))
 
     def aux_lookahead(self, steps: int, pool: int) -> Scores:
         """Attention of `steps` tokens that the aux model drafts after a full prefill of its own; see `lookahead.py`."""
@@ -101,15 +97,14 @@ class Request:
             self._kept[behind] = Kept(self.feed(behind))
         return self._kept[behind]
 
-    def _aux_scores(self, scoring: Scoring, ahead: bool) -> Scores:
+    def _aux_scores(self, scoring: Scoring) -> Scores:
         started, aux = time.perf_counter(), self.aux
         depth = scoring.layers_run(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
         try:
             asked = ask(aux, scoring, feed)
             aux.release()
-            if ahead:
-                self.primary.begin()
+            self.primary.begin()
             scores = question_scores(aux, scoring, asked, feed)
         finally:
             if feed is not None:

@@ -64,9 +64,6 @@ class Side(Protocol):
     def release(self) -> None:
         """Hear that small inputs, which would wait behind caches, are on their way: these may follow to the device."""
 
-    def narrowed(self, stays: Sequence[bool]) -> Side:
-        """The model's part in a request about the chunks that stay."""
-
     def rows(self, count: int, stage: Stage) -> int:
         """How many rows, padding included, a program for `count` rows has."""
 

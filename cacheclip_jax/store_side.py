@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import compress
 
 import jax
 from jax.sharding import Sharding
 
-from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import ChunkCaches, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.feed import Feed
@@ -58,15 +56,6 @@ class StoreSide:
         """Let copies of every feed begin."""
         for feed in self._feeds:
             feed.release()
-
-    def narrowed(self, stays: Sequence[bool]) -> StoreSide:
-        """As many slots fewer as tokens are left out; what is begun ahead stays behind."""
-        prompt = self.prompt.narrowed(stays)
-        slots = bucket(self.slots - self.prompt.context_tokens + prompt.context_tokens, 256)
-        side = StoreSide(self._caches, tuple(compress(self._passages, stays)), prompt, slots, self._pool, self._clock,
-                         self._accounting)
-        side._feeds = self._feeds  # stopped together
-        return side
 
     def rows(self, count: int, stage: Stage) -> int:
         """The bucket that holds `count` rows."""

@@ -82,16 +82,13 @@ class AnswerStream:
     def _finish(self, ids: list[int], reason, decode_seconds: float) -> None:
         p = self._prefill
         recomputed = int(p.plan.recompute.sum())
-        chunks = p.planned.chunks or (True,) * len(p.passages)
-        stays = p.plan.recompute if p.planned.drop else np.repeat(chunks, p.prompt.chunk_lengths)
         self._result = Result(
             text=self._text.text, token_ids=tuple(ids), finish_reason=reason, method=p.method,
             realised_ratio=recomputed / p.prompt.context_tokens, context_tokens=p.prompt.context_tokens,
             prefix_tokens=len(p.prompt.prefix), question_tokens=len(p.prompt.question),
-            reused_tokens=int(stays.sum()) - recomputed, recomputed_tokens=recomputed,
+            reused_tokens=0 if p.planned.drop else p.prompt.context_tokens - recomputed, recomputed_tokens=recomputed,
             hits=p.fetched.hits, misses=p.fetched.misses, encoded=tuple(p.fetched.encoded),
             repaired=tuple(p.fetched.repaired), warnings=self.warnings,
             compiles=compiles.count() - p.compiled_before,
             times=Times(**p.clock.settle(self._ttft), ttft=self._ttft, decode=decode_seconds),
-            passages=p.passages, selection=Selection(p.plan.recompute, stays, p.plan.scores),
-            left_out=tuple(c.id for c, stay in zip(p.passages, chunks, strict=True) if not stay))
+            passages=p.passages, selection=Selection(p.plan.recompute, p.plan.scores))

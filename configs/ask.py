@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
         "passages": 12,
         "methods": ("full", "prefix", "naive", "random", "cacheclip"),
         "ratio": 0.2,
-        "scoring": ml_collections.ConfigDict({"layers": "late", "rows": 4, "heads": "mean", "context": "cached"}),
+        "scoring": ml_collections.ConfigDict({"layers": "late", "rows": "last", "heads": "mean", "context": "cached"}),
         "max_new_tokens": 40,
         "out": "runs/ask.jsonl",
     })

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
-import itertools
 import json
 import statistics
 import subprocess
@@ -52,13 +51,12 @@ class Cell:
     ratio: float | None = None
     caches: str | None = None
     aux: str | None = None
-    keep: float = 1.0  # of the context, in whole chunks
 
     def configured(self, scoring: str) -> Method:
         """The method that is measured."""
         if self.method == "cacheclip":
             assert self.ratio is not None
-            return AuxGuided(Budget(ratio=self.ratio), SCORINGS[scoring], keep=self.keep)
+            return AuxGuided(Budget(ratio=self.ratio), SCORINGS[scoring])
         return {"full": Full, "naive": Naive, "prefix": Prefix}[self.method]()
 
 
@@ -134,8 +132,8 @@ def cells(config: Any) -> Iterator[Cell]:
                     yield Cell(context, method, caches=caches)
                 if method == "cacheclip":
                     for aux in config.auxes if caches == config.caches[0] else config.auxes[:1]:
-                        for ratio, keep in itertools.product(config.ratios, config.keeps):
-                            yield Cell(context, method, ratio, caches, aux, keep)
+                        for ratio in config.ratios:
+                            yield Cell(context, method, ratio, caches, aux)
 
 
 def run(config: Any, report: Callable[[dict[str, Any]], None]) -> None:
@@ -208,8 +206,8 @@ def measure(bench: Bench, clip: CacheClip, cell: Cell, rate: float) -> dict[str,
     prompt = r.prefix_tokens + r.context_tokens + r.question_tokens
     positions = np.arange(prompt)
     if method.caches is not None:
-        recomputed, end = r.selection.recompute[r.selection.stays], r.prefix_tokens + int(r.selection.stays.sum())
-        positions = np.concatenate([r.prefix_tokens + np.flatnonzero(recomputed), end + np.arange(r.question_tokens)])
+        context = r.prefix_tokens + np.flatnonzero(r.selection.recompute)
+        positions = np.concatenate([context, np.arange(prompt - r.question_tokens, prompt)])
     matrices = cfg.num_params - cfg.vocab_size * cfg.d_model * (1 if cfg.tied else 2)
     attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * float((positions + 1).sum())
     flops = 2 * matrices * len(positions) + attention
@@ -267,7 +265,6 @@ def describe(row: dict[str, Any]) -> str:
     """A cell in words."""
     parts = [f"{row['context']:,}", row["method"]]
     parts += [f"{row['ratio']:.0%}"] if row["ratio"] is not None else []
-    parts += [f"of {row['keep']:.0%}"] if row["keep"] < 1 else []
     return " ".join([*parts, *(str(row[k]) for k in ("caches", "aux") if row[k])])
 
 

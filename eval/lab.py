@@ -142,7 +142,6 @@ class ResidentSide:
     def __init__(self, model: Model, prompt: Prompt, slots: int):
         self.model, self.prompt, self.slots = model, prompt, slots
         self._feeds: dict[Behind, ResidentFeed] = {}
-        self._narrows: tuple[ResidentSide, Placement] | None = None
 
     @property
     def sharding(self) -> Sharding:
@@ -151,12 +150,9 @@ class ResidentSide:
 
     def feed(self, behind: Behind, depth: int, wanted: Sequence[bool] | None = None) -> ResidentFeed:
         """The caches of all layers and chunks, whatever is wanted."""
-        del wanted
-        if self._narrows is not None:
-            whole, where = self._narrows
-            return ResidentFeed(whole.feed(behind, depth).rows, where)
+        del depth, wanted
         if behind not in self._feeds:
-            where = _placement(np.arange(self.prompt.question_start), self.slots)
+            where = _placement(self.prompt.question_start, self.slots)
             self._feeds[behind] = ResidentFeed(_encoded(self.model, self.prompt, behind, self.slots),
                                                jax.device_put(where, self.sharding))
         return self._feeds[behind]
@@ -166,15 +162,6 @@ class ResidentSide:
 
     def release(self) -> None:
         """Nothing is held back here."""
-
-    def narrowed(self, stays: Sequence[bool]) -> ResidentSide:
-        """Over the same rows: those of chunks that stay follow one another in the slots."""
-        prompt = self.prompt.narrowed(stays)
-        side = ResidentSide(self.model, prompt, self.slots)
-        tokens = np.repeat([True, *stays], [len(self.prompt.prefix), *self.prompt.chunk_lengths])
-        where = _placement(np.flatnonzero(tokens), self.slots)
-        side._narrows = self, jax.device_put(where, self.sharding)
-        return side
 
     def rows(self, count: int, stage: Stage) -> int:
         """The size that holds `count` rows, of fewer sizes than the engine has."""
@@ -188,13 +175,13 @@ class ResidentFeed:
     """A `LayerFeed` of caches that are there."""
 
     def __init__(self, rows: Sequence[Float[Array, "B R H"]], where: Placement):
-        self.rows, self.where = rows, where
+        self._rows, self.where = rows, where
         ends = np.cumsum([len(r) for r in rows])
         self.blocks = [range(int(end) - len(r), int(end)) for end, r in zip(ends, rows, strict=True)]
 
     def take(self, number: int) -> jax.Array:
         """The rows of a block of layers."""
-        return self.rows[number]
+        return self._rows[number]
 
     def computed(self, mark: jax.Array) -> None:
         """Nothing waits for it here."""
@@ -203,11 +190,10 @@ class ResidentFeed:
         """Nothing runs here."""
 
 
-def _placement(tokens: Int[np.ndarray, "T"], slots: int) -> Placement:
-    """Each slot's rows in an array [2, K, slots, H] of a layer: those of one of the `tokens` after another."""
-    first = np.full(slots, -1, np.int32)
-    first[: len(tokens)] = tokens
-    return Placement(first, np.full(slots, slots, np.int32))
+def _placement(tokens: int, slots: int) -> Placement:
+    """Rows in the order of the slots: [2, K, slots, H] a layer."""
+    slot = np.arange(slots, dtype=np.int32)
+    return Placement(np.where(slot < tokens, slot, -1), np.full(slots, slots, np.int32))
 
 
 def _encoded(model: Model, prompt: Prompt, behind: Behind, slots: int) -> list[Float[Array, "l R H"]]:

@@ -27,9 +27,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "second-pass": {"scoring": Scoring(second_pass=0.1)},
         "refined": {"scoring": Scoring(second_pass=0.1, look_ahead=8)},
         "chunk-heads": {"heads_of_chunks": 8},
-        "lead": {"ranking": Ranking(lead=8, smooth=5)},
         "no-prefix": {"prefix": "none"},
-        "half": {"keep": 0.5},
     },
     "naive": {"none": {"prefix": "none"}},
     # Rivals with what helps them here too: chunks behind the shared prefix, groups of 8.

@@ -8,7 +8,7 @@ import pytest
 
 from cacheclip_jax import Budget, CacheClip, Groups, Passage, Ranking, Scoring, Sentences
 from cacheclip_jax.errors import BadInput, ContextTooLong
-from cacheclip_jax.methods import AuxGuided, Given, make
+from cacheclip_jax.methods import AuxGuided, make
 from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.ranking import rank
 from cacheclip_jax.select import select
@@ -55,32 +55,6 @@ def test_a_plan_is_the_scores_ranked_and_selected(clip, method):
     np.testing.assert_array_equal(plan.recompute, wanted)
     target = method.budget.target(prompt.context_tokens)
     assert plan.recompute.sum() < target + method.grouping.longest
-
-
-def test_chunks_that_are_left_out_might_as_well_not_have_been_retrieved(clip):
-    """The caches of those that stay are repaired as in a prompt of them alone."""
-    method = AuxGuided(Budget(ratio=0.2), keep=0.5)
-    prefill = clip.prefill(QUESTION, TEXTS, method=method, reserve=8)
-    plan, lengths = prefill.plan, prefill.prompt.chunk_lengths
-    totals = [part.sum() for part in np.split(plan.scores, np.cumsum(lengths)[:-1])]
-    assert min(t for t, stays in zip(totals, plan.chunks, strict=True) if stays) >= max(
-        t for t, stays in zip(totals, plan.chunks, strict=True) if not stays)
-    assert not plan.recompute[~np.repeat(plan.chunks, lengths)].any()
-    total = sum(lengths)
-    assert round(0.2 * total) <= plan.recompute.sum() < round(0.2 * total) + 8
-
-    def given(plan):
-        return Given(tuple(np.flatnonzero(plan.recompute[np.repeat(plan.chunks, lengths)]).tolist()))
-
-    left = [text for text, stays in zip(TEXTS, plan.chunks, strict=True) if stays]
-    assert 0 < len(left) < len(TEXTS)
-    alone = clip.prefill(QUESTION, left, method=given(plan), reserve=8)
-    np.testing.assert_allclose(prefill.logits, alone.logits, atol=1e-4)
-    answer = clip.ask(QUESTION, TEXTS, method=method, max_new_tokens=8)
-    assert answer.token_ids == clip.ask(QUESTION, left, method=given(plan), max_new_tokens=8).token_ids
-    assert answer.left_out == tuple(Passage.make(t).id for t in TEXTS if t not in left)
-    kept = sum(n for n, stays in zip(lengths, plan.chunks, strict=True) if stays)
-    assert answer.reused_tokens + answer.recomputed_tokens == kept
 
 
 def test_nothing_waits_for_scores_where_the_tokenizers_agree(same):

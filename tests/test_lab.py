@@ -40,10 +40,9 @@ BARE = {"meta": {"chat": False}, "instructions": ""}  # a prompt without a prefi
 @pytest.mark.parametrize(("method", "changes"), [
     (Full(), {}), (Prefix(), {}), (Naive(), {}), (Naive(prefix="none"), {}), (AuxGuided(Budget(ratio=0.1)), {}),
     (AuxGuided(Budget(ratio=0.1), prefix="none"), {}), (AuxGuided(Budget(ratio=0.1)), BARE),
-    (AuxGuided(Budget(ratio=0.1), keep=0.4), {}), (CacheBlend(Budget(ratio=0.1)), {}),
-    (ProphetKV(Budget(ratio=0.1)), {}), (SpecPrefill(Budget(ratio=0.3)), {})],
-    ids=["full", "prefix", "naive", "naive-none", "cacheclip", "cacheclip-none", "no-prefix", "cacheclip-keep",
-         "cacheblend", "prophetkv", "specprefill"])
+    (CacheBlend(Budget(ratio=0.1)), {}), (ProphetKV(Budget(ratio=0.1)), {}), (SpecPrefill(Budget(ratio=0.3)), {})],
+    ids=["full", "prefix", "naive", "naive-none", "cacheclip", "cacheclip-none", "no-prefix", "cacheblend", "prophetkv",
+         "specprefill"])
 def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, changes):
     asked = sample(**changes)
     chunks = list(map(Passage.make, asked.context))
@@ -55,8 +54,7 @@ def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, change
     assert (sides.primary.prompt.ids == wanted.prompt.ids).all()
     assert (plan.fetched(sides.primary.prompt.context_tokens).recompute == wanted.plan.recompute).all()
     assert max_diff(got.logits, wanted.logits) < 1e-3
-    assert plan.chunks == wanted.plan.chunks
-    assert (int(got.tail.slot), int(got.tail.position)) == (int(wanted.tail.slot), int(wanted.tail.position))
+    assert (int(got.tail.slot), int(got.tail.position)) == (int(wanted.tail.slot), len(wanted.prompt.ids))
 
 
 def test_the_lab_tells_methods_apart(lab):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.ranking import Ranking, best_chunks, rank
+from cacheclip_jax.ranking import Ranking, rank
 from tests.test_select import lengths, scores_for, words
 
 TEXTS = ["One two, three. - Four", "five 6 *** seven", "... eight"]
@@ -20,20 +20,17 @@ def by_hand(scores, lens, ranking, formatting):
         own[: ranking.skip_first] = 0
         own *= own.sum() ** ranking.chunk_power if own.sum() > 0 else 1
         reach = ranking.smooth // 2
-        own = np.array([own[max(i - reach, 0) : i + reach + 1].mean() for i in range(n)])
-        own[: ranking.lead] = np.maximum(own[: ranking.lead], own.max(initial=0) / max(ranking.lead, 1))
-        out += [*own]
+        out += [own[max(i - reach, 0) : i + reach + 1].mean() for i in range(n)]
         first += n
     return np.array(out)
 
 
 @settings(max_examples=60, deadline=None)
 @given(lens=lengths, skip=st.integers(0, 5), power=st.sampled_from([-1.0, -0.5, 0.0, 0.5]),
-       smooth=st.sampled_from([1, 3, 5, 13]), formatting=st.booleans(), lead=st.sampled_from([0, 1, 4]),
-       seed=st.integers(0, 9))
-def test_ranks_follow_their_definition(lens, skip, power, smooth, formatting, lead, seed):
+       smooth=st.sampled_from([1, 3, 5, 13]), formatting=st.booleans(), seed=st.integers(0, 9))
+def test_ranks_follow_their_definition(lens, skip, power, smooth, formatting, seed):
     chunks = [words(" ".join(["w", "-"][i % 3 == 2] for i in range(n))) for n in lens]
-    ranking = Ranking(skip, formatting, power, smooth, lead)
+    ranking = Ranking(skip, formatting, power, smooth)
     scores = scores_for(lens, seed)
     ranks = np.asarray(rank(scores, chunks, ranking))
     marks = np.concatenate([c.formatting for c in chunks])
@@ -62,14 +59,7 @@ def test_no_ranking_leaves_the_scores_themselves():
     assert rank(scores, [words("a b c d")], Ranking()) is scores
 
 
-@pytest.mark.parametrize("wrong", [dict(skip_first=-1), dict(lead=-1), dict(smooth=4), dict(smooth=0),
-                                   dict(chunk_power=float("nan"))])
+@pytest.mark.parametrize("wrong", [dict(skip_first=-1), dict(smooth=4), dict(smooth=0), dict(chunk_power=float("nan"))])
 def test_a_ranking_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
         Ranking(**wrong)
-
-
-def test_the_best_chunks_stay_until_they_hold_their_share_of_the_tokens():
-    scores = np.repeat([0.1, 0.5, 0.2, 0.2], [4, 2, 2, 8]) / np.repeat([4, 2, 2, 8], [4, 2, 2, 8])
-    for share, stays in ((0.01, [1]), (0.125, [1]), (0.13, [1, 2]), (0.25, [1, 2]), (0.5, [1, 2, 3]), (1.0, range(4))):
-        np.testing.assert_array_equal(np.flatnonzero(best_chunks(scores, [4, 2, 2, 8], share)), list(stays))

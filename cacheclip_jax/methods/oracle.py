@@ -20,7 +20,7 @@ class Oracle:
     """
 
     budget: Budget = field(default_factory=lambda: Budget(ratio=0.2))
-    scoring: Scoring = field(default_factory=lambda: Scoring(layers="all", rows="last", context="joint"))
+    scoring: Scoring = field(default_factory=lambda: Scoring(layers="all", context="joint"))
     grouping: Groups | Windows = field(default_factory=Groups)
     name: ClassVar[str] = "oracle"
     caches: ClassVar[Caches] = "shared"

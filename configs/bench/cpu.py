@@ -20,7 +20,6 @@ def get_config() -> ml_collections.ConfigDict:
         "chunk_tokens": 128,
         "question_tokens": 32,
         "ratios": (0.2, 0.1),
-        "keeps": (1.0,),  # shares of the context that stay in the prompt, in whole chunks
         "methods": ("full", "prefix", "naive", "cacheclip"),
         "caches": ("pinned", "disk"),
         "device_bytes": 0,

@@ -20,7 +20,6 @@ def get_config(primary: str = "qwen2.5-7b") -> ml_collections.ConfigDict:
         "chunk_tokens": 512,
         "question_tokens": 32,
         "ratios": (0.3, 0.2, 0.1, 0.05),
-        "keeps": (1.0,),  # shares of the context that stay in the prompt, in whole chunks
         "methods": ("full", "prefix", "naive", "cacheclip"),
         "caches": ("pinned", "device", "disk"),
         "device_bytes": 12 << 30,

@@ -7,8 +7,8 @@
       --config.run=ablations-smollm2 --config.out=runs/ablations-smollm2.jsonl              # another aux model
     python -m eval.report runs/ablations*.jsonl --out results/ablations
 
-A label says what differs from the preset `late`: its late half of the layers, last four question rows, mean of heads,
-the aux's own chunk caches, groups of 8.
+A label says what differs from the preset `late`: its late half of the layers, last question row, mean of heads, the
+aux's own chunk caches, groups of 8.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ def selection() -> tuple[dict[str, Any], ...]:
         {"method": "naive"}, {"method": "naive", "preset": "none"},
         variant("late"),
         *(variant(f"layers {layers}", scoring={"layers": layers}) for layers in ("last", "all")),
-        *(variant(f"rows {rows}", scoring={"rows": rows}) for rows in ("mean", "max", "last")),
+        *(variant(f"rows {rows}", scoring={"rows": rows}) for rows in ("mean", "max", 4)),
         variant("heads max", scoring={"heads": "max"}),
         variant("joint", scoring={"context": "joint"}),
         variant("values", scoring={"values": True}),
@@ -65,7 +65,6 @@ def selection() -> tuple[dict[str, Any], ...]:
         variant("no formatting", ranking={"skip_formatting": True}),
         *(variant(f"chunk power {power}", ranking={"chunk_power": power}) for power in (-1.0, -0.5, 0.5)),
         *(variant(f"heads of chunks {tokens}", heads_of_chunks=tokens) for tokens in (1, 2, 4, 8, 16)),
-        *(variant(f"keep {keep:.0%}", keep=keep) for keep in (0.25, 0.5, 0.75)),
         variant("prefix none", prefix="none"),
         {"method": "cacheclip", "preset": "paper", "ratios": RATIOS},
     )

@@ -45,7 +45,7 @@ def of_half(run: str, split: str) -> ml_collections.ConfigDict:
     return config
 
 
-CACHECLIP = ("late", "half", "last-row", "lead", "look-ahead", "chunk-heads", "no-prefix", "paper")
+CACHECLIP = ("late", "look-ahead", "chunk-heads", "no-prefix", "paper")
 RIVALS = ("cacheblend", "epic", "prophetkv", "fusionrag", "a3", "specprefill", "oracle")
 RIVALS_BEHIND_THE_PREFIX = ("cacheblend", "epic", "prophetkv")
 
@@ -60,5 +60,5 @@ def methods(ratios: Sequence[float]) -> tuple[dict[str, Any], ...]:
         *({"method": name, **at} for name in RIVALS),
         *({"method": name, "preset": "shared", **at} for name in RIVALS_BEHIND_THE_PREFIX),
         *({"method": name, "preset": preset, "ratios": (0.02,)}
-          for name, preset in (("cacheclip", "late"), ("cacheclip", "half"), ("prophetkv", ""))),
+          for name, preset in (("cacheclip", "late"), ("prophetkv", ""))),
     )

@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "look-ahead": {"scoring": {"look_ahead": 8}},
     "look-ahead max": {"scoring": {"look_ahead": 8, "drafts": "max"}},
     "values": {"scoring": {"values": True}},
-    "last row": {"scoring": {"rows": "last"}},
+    "rows 4": {"scoring": {"rows": 4}},
     "layers all": {"scoring": {"layers": "all"}},
     "joint": {"scoring": {"context": "joint"}},
     "smooth 5": {"ranking": {"smooth": 5}},
@@ -28,12 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "groups 16": {"grouping": {"size": 16}},
     "sentences": {"grouping": {"longest": 32}},
     **{f"heads of chunks {tokens}": {"heads_of_chunks": tokens} for tokens in (4, 8)},
-    "lead 8": {"ranking": {"lead": 8}},
-    "lead 8, smooth 5": {"ranking": {"lead": 8, "smooth": 5}},
-    "lead 8, smooth 5, look-ahead": {"ranking": {"lead": 8, "smooth": 5}, "scoring": {"look_ahead": 8}},
-    **{f"keep {keep:.0%}": {"keep": keep} for keep in (0.25, 0.5, 0.75)},
     "prefix none": {"prefix": "none"},
-    "lead 8, prefix none": {"ranking": {"lead": 8}, "prefix": "none"},
     "heads of chunks 8, prefix none": {"heads_of_chunks": 8, "prefix": "none"},
 }
 TEXT = {"data": defaults.TEXT}
