@@ -18,7 +18,7 @@ def ratio_curves(cells: Sequence[Cell]) -> str:
     lines: dict[str, list[tuple[float, float]]] = {}
     for (name, _), group in pool(cells).items():
         realised = [r for c in group if (r := c.mean_of("realised_ratio")) is not None]
-        kept = pooled_retention(group)
+        kept = pooled_retention(group).value
         if name != "full" and realised and not math.isnan(kept):
             lines.setdefault(name, []).append((100 * sum(realised) / len(realised), 100 * kept))
     if not lines:

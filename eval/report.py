@@ -21,6 +21,7 @@ import typer
 from cacheclip_jax.errors import BadInput, CacheClipError
 from eval import figures
 from eval.rows import Cell, Row, against, cells, parts, pool, pooled_retention, read_rows, rival
+from eval.statistics import Estimate
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def markdown(made: Sequence[Cell], reference: str = "cacheclip") -> str:
     return "\n".join(out)
 
 
-SUMMARY = ("method", "ratio", "realised", "tasks", "samples", "score", "retention", "TTFT ms", "KL first token",
+SUMMARY = ("method", "ratio", "realised", "tasks", "samples", "score", "retention (95%)", "TTFT ms", "KL first token",
            "same first tokens", "difference from {reference} (p)")
 DETAIL = ("task", "method", "ratio", "n", "score", "full", "retention (95%)", "where full answers", "TTFT ms")
 
@@ -89,7 +90,7 @@ def summary(part: Sequence[Cell], reference: str) -> list[tuple[str, ...]]:
         times = [c.ttft for c in group]
         out.append((name, _percent(ratio), _percent(_mean(c.mean_of("realised_ratio") for c in group)), str(len(group)),
                     str(sum(len(c.rows) for c in group)), _percent(_mean(c.score for c in group)),
-                    _percent(pooled_retention(group)), _text(_mean(1000 * t for t in times), "{:.0f}"),
+                    _interval(pooled_retention(group)), _text(_mean(1000 * t for t in times), "{:.0f}"),
                     _text(_mean(c.mean_of("kl_first_token") for c in group), "{:.3f}"),
                     _percent(_mean(c.mean_of("top1") for c in group)),
                     f"{100 * test.difference:+.1f} ({test.p_value:.3f})" if test else ""))
@@ -100,7 +101,7 @@ def detail(part: Sequence[Cell]) -> list[tuple[str, ...]]:
     """A line per task, method and ratio."""
     return [(c.first.task, c.name, _percent(c.first.ratio), str(len(c.rows)), _percent(c.score),
              _percent(c.full_score),
-             f"{_percent(c.retention.value)} ({_percent(c.retention.low)} to {_percent(c.retention.high)})",
+             _interval(c.retention),
              _percent(c.answered), _text(1000 * c.ttft, "{:.0f}"))
             for c in part]
 
@@ -168,6 +169,10 @@ def _mean(values) -> float | None:
 
 def _percent(value: float | None) -> str:
     return _text(None if value is None else 100 * value, "{:.1f}")
+
+
+def _interval(of: Estimate) -> str:
+    return f"{_percent(of.value)} ({_percent(of.low)} to {_percent(of.high)})"
 
 
 def _text(value: float | None, form: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cacheclip_jax.errors import BadInput
-from eval.statistics import Comparison, Estimate, compare, retention
+from eval.statistics import Comparison, Estimate, compare, retention, retention_over
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,9 @@ def rival(some: Sequence[Cell], reference: str, ratio: float | None) -> list[Cel
     return theirs.get(ratio, theirs[max(theirs, key=lambda at: at or 0)] if theirs and ratio is None else [])
 
 
-def pooled_retention(some: Sequence[Cell]) -> float:
-    """Mean over tasks of retention, tasks without a point for full attention left out."""
-    values = [c.retention.value for c in some if not math.isnan(c.retention.value)]
-    return sum(values) / len(values) if values else float("nan")
+def pooled_retention(some: Sequence[Cell]) -> Estimate:
+    """Retention over the cells of one method on several tasks, which weigh the same."""
+    return retention_over([([r.score for r in c.rows], [r.score for r in c.full]) for c in some])
 
 
 def against(first: Sequence[Cell], second: Sequence[Cell]) -> Comparison:

@@ -47,6 +47,24 @@ def retention(method: Scores, full: Scores, *, answered: bool = False, level: fl
     return _interval((m, f), ratio, level, resamples, seed)
 
 
+def retention_over(tasks: Sequence[tuple[Scores, Scores]], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+                   ) -> Estimate:
+    """Retention over tasks that weigh the same, each with a method's scores and full attention's: the sum of the
+    method's means over the sum of full attention's, so that a task which full attention hardly solves counts for
+    little. The percentile bootstrap draws samples within each task, both scores together. NaN without a point for full
+    attention."""
+    rng, above, below, n = np.random.default_rng(seed), np.zeros(resamples + 1), np.zeros(resamples + 1), 0
+    for method, full in tasks:
+        m, f = _paired(method, full)
+        drawn = np.concatenate([np.arange(len(m))[None], rng.integers(0, len(m), (resamples, len(m)))])
+        above, below, n = above + m[drawn].mean(1), below + f[drawn].mean(1), n + len(m)
+    value, *others = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+    if np.isnan(value) or not others:
+        return Estimate(float(value), float("nan"), float("nan"), n)
+    low, high = np.nanquantile(others, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(value), float(low), float(high), n)
+
+
 def mean(scores: Scores, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean score with a percentile bootstrap interval."""
     values = np.asarray(scores, float)

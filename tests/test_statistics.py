@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cacheclip_jax.errors import BadInput
-from eval.statistics import compare, kl_divergence, mean, retention, top1_agreement
+from eval.statistics import compare, kl_divergence, mean, retention, retention_over, top1_agreement
 
 
 def test_retention_is_the_ratio_of_means_not_the_mean_of_ratios():
@@ -16,6 +16,16 @@ def test_retention_is_the_ratio_of_means_not_the_mean_of_ratios():
 def test_retention_over_the_answered_leaves_out_what_full_attention_misses():
     got = retention([1, 0, 0.5, 1], [1, 0.5, 0.5, 0], answered=True)
     assert got.value == pytest.approx(1.5 / 2) and got.n == 3
+
+
+def test_retention_over_tasks_weighs_tasks_the_same_and_hard_ones_by_what_there_is_to_score():
+    easy, hard = ([1, 0, 1, 0], [1, 1, 1, 1]), ([1.0], [0.25])
+    got = retention_over([easy, hard])
+    assert got.value == pytest.approx((0.5 + 1) / (1 + 0.25)) and got.n == 5
+    assert got.low < got.value < got.high
+    one = retention_over([easy])
+    assert one.value == retention(*easy).value and one.low == pytest.approx(retention(*easy).low, abs=0.26)
+    assert np.isnan(retention_over([([1, 0], [0, 0])]).value)
 
 
 def test_retention_of_equal_scores_is_1_with_an_interval_of_no_width():
