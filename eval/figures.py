@@ -14,21 +14,29 @@ _DEPTH_BINS = 10
 
 
 def ratio_curves(cells: Sequence[Cell]) -> str:
-    """Retention, the mean over tasks, over the realised recompute ratio; one line a method. "" without a method."""
+    """Retention over tasks, over the realised recompute ratio; one line a method, as far as ratios were asked for. ""
+    without a method."""
+    from matplotlib import colormaps
+
     lines: dict[str, list[tuple[float, float]]] = {}
-    for (name, _), group in pool(cells).items():
+    asked = 0.0
+    for (name, ratio), group in pool(cells).items():
+        asked = max(asked, ratio or 0)
         realised = [r for c in group if (r := c.mean_of("realised_ratio")) is not None]
         kept = pooled_retention(group).value
         if name != "full" and realised and not math.isnan(kept):
             lines.setdefault(name, []).append((100 * sum(realised) / len(realised), 100 * kept))
     if not lines:
         return ""
-    figure, axes = _figure()
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    figure, axes = _figure(width=9.0, height=max(3.6, 0.22 * len(lines)))
+    for number, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), color=colormaps["tab20"](number % 20), label=name,
+                  marker="osD^"[number // 20 % 4], markersize=4)
     axes.axhline(100, color="#888", linewidth=0.8, linestyle="--")
     axes.set(xlabel="context tokens recomputed (%)", ylabel="score / full attention's (%)")
-    axes.legend(frameon=False, fontsize=8)
+    if asked:
+        axes.set_xlim(-1, 110 * asked)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return _svg(figure)
 
 
@@ -76,11 +84,11 @@ def needle_heatmap(cells: Sequence[Cell]) -> str:
     return _svg(figure)
 
 
-def _figure(width: float = 6.0):
+def _figure(width: float = 6.0, height: float = 3.6):
     # Not pyplot: figures without a global state, a window or a backend to choose.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
