@@ -15,6 +15,7 @@ from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import Behind, ChunkCaches, DeviceChunk, Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.loader import BlockLoader, Copier, PageCopies, RowCopies
+from cacheclip_jax.side import up_to
 from cacheclip_jax.store import Passage
 
 AHEAD_BYTES = 1 << 30  # of a request's caches on the device before their turn
@@ -38,7 +39,7 @@ class Feed:
         """
         cfg, layout, sharding = caches.model.config, caches.pages.layout, caches.pages.sharding
         wanted = [True] * len(passages) if wanted is None else wanted
-        self.blocks = [range(b.start, min(b.stop, depth)) for b in layout.blocks if b.start < depth]
+        self.blocks = up_to(layout.blocks, depth)
         self._tier, self._prefix = caches.device, caches.prefix_pages
         self._keys = [(*caches.key(behind, p), f"{len(self.blocks)} blocks") for p in passages]
         self._chunks: list[DeviceChunk] = [[] for _ in passages]  # what isn't wanted or isn't there yet has no pages

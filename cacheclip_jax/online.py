@@ -33,7 +33,7 @@ from cacheclip_jax.recompute import (
 )
 from cacheclip_jax.refine import refine
 from cacheclip_jax.score import Scoring, context_scores, embed_and_score, last_span_scores, layer_mean, score_span
-from cacheclip_jax.side import LayerFeed, Side, bucketed
+from cacheclip_jax.side import LayerFeed, Side, bucketed, up_to
 
 if TYPE_CHECKING:
     from cacheclip_jax.request import Request
@@ -207,8 +207,7 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
         kept = list(zip(cache.k, cache.v, strict=True))
     else:
         x, total, kept = embed_rows(params.outer, asked.ids), asked.total, []
-        for number, block in enumerate(feed.blocks):
-            block = range(block.start, min(block.stop, depth))
+        for number, block in enumerate(up_to(feed.blocks, depth)):
             given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,
                      tuple(layer in wanted for layer in block), asked.positions, asked.known, feed.take(number),
                      feed.where, total, how)
@@ -222,9 +221,7 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
                 feed.computed(scores)
                 return scores
             feed.computed(total)
-            if block.stop == depth:
-                break
-        scores = layer_mean(total, weights, len(wanted))
+        scores = layer_mean(total, weights, asked.count)
     if scoring.further:
         scores = refine(side, scoring, asked.rows, x, scores, KVCache(*zip(*kept, strict=True)))
     return context_scores(scores, asked.prefix, size)

@@ -71,6 +71,11 @@ class Side(Protocol):
         """Count the time until `array` is there to `stage`, without waiting; see `Clock.watch`."""
 
 
+def up_to(blocks: Sequence[range], depth: int) -> list[range]:
+    """Blocks of layers as far as the first `depth` layers go."""
+    return [range(block.start, min(block.stop, depth)) for block in blocks if block.start < depth]
+
+
 _SIZES = {"question": (16, 8), "repair": (64, 32), "prefill": (64, 32)}  # smallest, and sizes per doubling
 
 

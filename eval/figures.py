@@ -23,7 +23,7 @@ def ratio_curves(cells: Sequence[Cell]) -> str:
     for (name, ratio), group in pool(cells).items():
         asked = max(asked, ratio or 0)
         realised = [r for c in group if (r := c.mean_of("realised_ratio")) is not None]
-        kept = pooled_retention(group).value
+        kept = pooled_retention(group, resamples=0).value
         if name != "full" and realised and not math.isnan(kept):
             lines.setdefault(name, []).append((100 * sum(realised) / len(realised), 100 * kept))
     if not lines:

@@ -100,9 +100,7 @@ def summary(part: Sequence[Cell], reference: str) -> list[tuple[str, ...]]:
 def detail(part: Sequence[Cell]) -> list[tuple[str, ...]]:
     """A line per task, method and ratio."""
     return [(c.first.task, c.name, _percent(c.first.ratio), str(len(c.rows)), _percent(c.score),
-             _percent(c.full_score),
-             _interval(c.retention),
-             _percent(c.answered), _text(1000 * c.ttft, "{:.0f}"))
+             _percent(c.full_score), _interval(c.retention), _percent(c.answered), _text(1000 * c.ttft, "{:.0f}"))
             for c in part]
 
 

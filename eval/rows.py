@@ -181,9 +181,9 @@ def rival(some: Sequence[Cell], reference: str, ratio: float | None) -> list[Cel
     return theirs.get(ratio, theirs[max(theirs, key=lambda at: at or 0)] if theirs and ratio is None else [])
 
 
-def pooled_retention(some: Sequence[Cell]) -> Estimate:
+def pooled_retention(some: Sequence[Cell], resamples: int = 2000) -> Estimate:
     """Retention over the cells of one method on several tasks, which weigh the same."""
-    return retention_over([([r.score for r in c.rows], [r.score for r in c.full]) for c in some])
+    return retention_over([([r.score for r in c.rows], [r.score for r in c.full]) for c in some], resamples=resamples)
 
 
 def against(first: Sequence[Cell], second: Sequence[Cell]) -> Comparison:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,8 +26,7 @@ class Estimate:
 
 def retention(method: Scores, full: Scores, *, answered: bool = False, level: float = 0.95, resamples: int = 2000,
               seed: int = 0) -> Estimate:
-    """Mean score of a method over mean score of full attention on the same samples, with a percentile bootstrap
-    interval in which both scores of a sample are drawn together (resamples=0: without one).
+    """Mean score of a method over mean score of full attention on the same samples; see `retention_over`.
 
     answered: over the samples only that full attention scores above 0 on, which says what reuse loses of what there
     was to lose. NaN without such a sample.
@@ -36,55 +34,30 @@ def retention(method: Scores, full: Scores, *, answered: bool = False, level: fl
     m, f = _paired(method, full)
     if answered:
         m, f = m[f > 0], f[f > 0]
-    if not f.sum() > 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), len(f))
-
-    def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-        below = b.mean(axis=axis)
-        # A resample without any point for full attention has no ratio; it is left out of the percentiles.
-        return np.divide(a.mean(axis=axis), below, out=np.full(np.shape(below), np.nan), where=below > 0)
-
-    return _interval((m, f), ratio, level, resamples, seed)
+    return retention_over([(m, f)], level=level, resamples=resamples, seed=seed)
 
 
 def retention_over(tasks: Sequence[tuple[Scores, Scores]], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
                    ) -> Estimate:
     """Retention over tasks that weigh the same, each with a method's scores and full attention's: the sum of the
     method's means over the sum of full attention's, so that a task which full attention hardly solves counts for
-    little. The percentile bootstrap draws samples within each task, both scores together. NaN without a point for full
-    attention."""
-    rng, above, below, n = np.random.default_rng(seed), np.zeros(resamples + 1), np.zeros(resamples + 1), 0
-    for method, full in tasks:
-        m, f = _paired(method, full)
-        drawn = np.concatenate([np.arange(len(m))[None], rng.integers(0, len(m), (resamples, len(m)))])
-        above, below, n = above + m[drawn].mean(1), below + f[drawn].mean(1), n + len(m)
-    value, *others = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
-    if np.isnan(value) or not others:
-        return Estimate(float(value), float("nan"), float("nan"), n)
-    low, high = np.nanquantile(others, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(value), float(low), float(high), n)
+    little.
 
-
-def mean(scores: Scores, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean score with a percentile bootstrap interval."""
-    values = np.asarray(scores, float)
-    if not len(values):
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    return _interval((values,), lambda a, axis=-1: a.mean(axis=axis), level, resamples, seed)
-
-
-def _interval(data, statistic, level: float, resamples: int, seed: int) -> Estimate:
-    from scipy.stats import DegenerateDataWarning, bootstrap
-
-    n = len(data[0])
-    value = float(statistic(*data))
+    The percentile bootstrap draws samples within each task, both scores together; a draw without any point for full
+    attention is left out (resamples=0, or fewer than 2 samples: no interval). NaN without a point for full attention.
+    """
+    pairs = [_paired(method, full) for method, full in tasks]
+    n = sum(len(f) for _, f in pairs)
+    if not any(f.sum() > 0 for _, f in pairs):
+        return Estimate(float("nan"), float("nan"), float("nan"), n)
+    value = float(sum(m.mean() for m, _ in pairs) / sum(f.mean() for _, f in pairs))
     if n < 2 or not resamples:
         return Estimate(value, float("nan"), float("nan"), n)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # it is about resamples that nanquantile leaves out
-        drawn = bootstrap(data, statistic, paired=True, vectorized=True, n_resamples=resamples, confidence_level=level,
-                          method="percentile", rng=np.random.default_rng(seed)).bootstrap_distribution
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    rng, above, below = np.random.default_rng(seed), np.zeros(resamples), np.zeros(resamples)
+    for m, f in pairs:
+        drawn = rng.integers(0, len(m), (resamples, len(m)))
+        above, below = above + m[drawn].mean(1), below + f[drawn].mean(1)
+    low, high = np.quantile(above[below > 0] / below[below > 0], [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high), n)
 
 

@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
                       for label, settings in SETTINGS.items()),
                     *({"method": "prophetkv", "preset": preset, "ratios": RATIOS} for preset in ("", "shared")),
                     *({"method": "teacher", "label": target, "target": target, "ratios": RATIOS}
-                      for target in ("attention", "deviation")),
+                      for target in ("attention", "deviation")),  # "influence" takes gradients through every row
                     {"method": "oracle", "ratios": RATIOS}, {"method": "random", "ratios": RATIOS}),
     })
     return config
