@@ -5,6 +5,7 @@ Programs are dispatched a few layers each and the device runs behind: nothing he
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,7 @@ from cacheclip_jax.recompute import (
     SPAN,
     LayerCache,
     Rows,
+    bias_of,
     choose_rows,
     embed_rows,
     fresh_span,
@@ -84,14 +86,17 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
         first = max(len(done) - block.start, 0)
         if first < len(block):
             x, layers = reuse_span(x, model.params.layers[block.start + first : block.stop], cfg, slots, rows,
-                                   feed.where, how, first, at, tail)
+                                   feed.where, how, first, at, tail, plan.discount)
             done += layers
         if number < len(feed.blocks) - 1:
             feed.computed(done[-1][0])
     side.watch("load", rows)
     logits = last_logits(model.params.outer, cfg, x, last)
     feed.computed(logits)
-    return Repaired(logits, KVCache(*zip(*done, strict=True)), tail or Tail.at(end, end))
+    tail = tail or Tail.at(end, end)
+    if plan.discount is not None:
+        tail = dataclasses.replace(tail, bias=bias_of(plan.discount, slots, side.slots))
+    return Repaired(logits, KVCache(*zip(*done, strict=True)), tail)
 
 
 def _prefill_kept(side: Side, plan: Plan) -> Repaired:

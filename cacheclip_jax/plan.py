@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -12,6 +12,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.errors import BadInput
+
+if TYPE_CHECKING:
+    from cacheclip_jax.prompt import Prompt
 
 Behind = Literal["shared", "none"]
 Caches = Behind | None
@@ -34,6 +37,28 @@ class Reshape:
                 raise BadInput(f"{name}={value} is out of range: it must be above 0 and finite")
 
 
+@struct.dataclass
+class Discount:
+    """How much less stale tokens count: `nats` are subtracted from every attention logit of a slot from `start` to
+    `end` that isn't recomputed, in all layers and heads, for recomputed rows, the question and the answer."""
+
+    start: Int[Any, ""]
+    end: Int[Any, ""]
+    nats: Float[Any, ""]
+
+    @classmethod
+    def of(cls, prompt: Prompt, behind: Behind, nats: float) -> Discount | None:
+        """The discount for chunks that were encoded `behind` the shared prefix or nothing; None for 0 nats."""
+        if not nats:
+            return None
+        return cls(np.int32(prompt.exact_tokens(behind)), np.int32(prompt.question_start), np.float32(nats))
+
+    def bias(self, row_of_slot: Int[Array, "S"]) -> Float[Array, "S"]:
+        """What is added to each slot's logits; `row_of_slot` is -1 where nothing is recomputed."""
+        slot = jax.numpy.arange(row_of_slot.shape[0])
+        return jax.numpy.where((row_of_slot < 0) & (slot >= self.start) & (slot < self.end), -self.nats, 0)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which context tokens are recomputed (boolean, one per context token; on device more may follow, all False), and
@@ -46,6 +71,7 @@ class Plan:
       drop: the others aren't in the cache at all; the kept ones stay at their positions in the whole prompt.
       reshape: every chunk begins where the first one does, the question after the longest, and attends as `Reshape`
         says; nothing is recomputed.
+      discount: they count less.
 
     `rows` are those to recompute and the question's (see `choose_rows`), where the program that selected them made them
     too. Carrying the plan out uses them up, so it works once.
@@ -57,16 +83,17 @@ class Plan:
     dense_layers: int = 0
     drop: bool = False
     reshape: Reshape | None = None
+    discount: Discount | None = None
     rows: tuple[Float[Array, "T D"], Int[Array, "T"], Int[Array, ""]] | None = None
 
     def __post_init__(self) -> None:
-        if (self.dense_layers > 0) + self.drop + (self.reshape is not None) > 1:
-            raise ValueError("a plan has one of dense_layers, drop and reshape")
+        if (self.dense_layers > 0) + self.drop + (self.reshape is not None) + (self.discount is not None) > 1:
+            raise ValueError("a plan has one of dense_layers, drop, reshape and discount")
 
     @property
     def plain(self) -> bool:
         """Whether decoding is as after a full prefill: a slot is a position, attention a softmax over all slots."""
-        return not self.drop and self.reshape is None
+        return not self.drop and self.reshape is None and self.discount is None
 
     def count(self) -> int:
         """Tokens to recompute, or what bounds them; waits for the device only where nothing does."""
@@ -84,7 +111,8 @@ class Tail:
     """Where a cache ends, and how tokens behind it attend; all of it arrays, so that one program decodes every kind.
 
     The next token's K and V go to `slot`, rotated to `position`; later tokens follow in both. The slots from
-    `context_start` to `context_end` are the context whose attention is reshaped (see `Reshape`).
+    `context_start` to `context_end` are the context whose attention is reshaped (see `Reshape`). `bias` is what a
+    discount adds to each slot's logits.
     """
 
     slot: Int[Any, ""]
@@ -93,6 +121,7 @@ class Tail:
     context_end: Int[Any, ""]
     temperature: Float[Any, ""]
     scale: Float[Any, ""]
+    bias: Float[Any, "S"] | None = None
 
     @classmethod
     def at(cls, slot: Any, position: Any, context: tuple[int, int] = (0, 0), reshape: Reshape = Reshape(1.0, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
@@ -11,6 +12,9 @@ from jaxtyping import Int
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.tokenizer import Encoded, Tokenizer, nfc
 from cacheclip_jax.store import Passage
+
+if TYPE_CHECKING:
+    from cacheclip_jax.plan import Behind
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,12 @@ class Prompt:
         ids = np.zeros(slots, np.int32)
         ids[: len(self.ids)] = self.ids
         return ids, np.array([len(self.prefix), self.question_start, len(self.ids)], np.int32)
+
+    def exact_tokens(self, behind: Behind) -> int:
+        """Tokens from the beginning whose cached K and V are those of a full prefill: the prefix, and the first chunk
+        where it was encoded behind it."""
+        alone = behind == "none" and self.prefix
+        return len(self.prefix) + (0 if alone else self.chunk_lengths[0])
 
     @property
     def question_start(self) -> int:

@@ -20,7 +20,7 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
-from cacheclip_jax.plan import Tail
+from cacheclip_jax.plan import Discount, Tail
 from cacheclip_jax.select import Best, select_groups
 
 SPAN = 2  # layers of a program where nothing else decides: all at once take several times as long to compile on a CPU
@@ -53,24 +53,26 @@ def best_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], sco
 @partial(jax.jit, static_argnames=("cfg", "how", "first"), donate_argnames="x")
 def reuse_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, slots: Int[Array, "T"],
                rows: Float[Array, "B R H"], where: Placement, how: str = "blocked", first: int = 0,
-               at: Int[Array, "S"] | None = None, tail: Tail | None = None) -> tuple[Rows, tuple[LayerCache, ...]]:
+               at: Int[Array, "S"] | None = None, tail: Tail | None = None, discount: Discount | None = None
+               ) -> tuple[Rows, tuple[LayerCache, ...]]:
     """A span of layers over chunk caches just loaded, from the block's layer `first` on: place them with the rows' K
     and V over stale ones, attend, finish. Slots are positions, unless `at` has those of all slots; with a `tail` the
-    rows' attention is reshaped."""
+    rows' attention is reshaped, with a `discount` stale slots count less."""
     own, out = row_of_slot(slots, where.first.shape[0]), []
+    bias = None if discount is None else discount.bias(own)
     for nth, layer in enumerate(layers, first):
         q, kv = rows_over_loaded(x, layer, cfg, slots, rows[nth], where, own, at)
-        x = decoder.finish(x, _attention(q, kv, slots, how, tail), layer, cfg)
+        x = decoder.finish(x, _attention(q, kv, slots, how, tail, bias), layer, cfg)
         out.append(kv)
     return x, tuple(out)
 
 
-def _attention(q: Float[Array, "T N H"], kv: LayerCache, slots: Int[Array, "T"], how: str, tail: Tail | None
-               ) -> Float[Array, "T N H"]:
+def _attention(q: Float[Array, "T N H"], kv: LayerCache, slots: Int[Array, "T"], how: str, tail: Tail | None,
+               bias: Float[Array, "S"] | None = None) -> Float[Array, "T N H"]:
     with jax.named_scope("attention"):
         if tail is not None:
             return reshaped(q, *kv, slots, tail)
-        return row_attention(q, *kv, slots, for_rows(how, len(q)))
+        return row_attention(q, *kv, slots, for_rows(how, len(q)), bias)
 
 
 def rows_over_loaded(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array, "T"], loaded: Float[Array, "R H"],
@@ -82,6 +84,12 @@ def rows_over_loaded(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array, 
     fresh = Fresh(k.swapaxes(0, 1), v.swapaxes(0, 1), own)
     positions = slots if at is None else at[slots]
     return rotate(q.swapaxes(0, 1), positions, cfg.rope).swapaxes(0, 1), place(cfg, loaded, where, fresh, at)
+
+
+@partial(jax.jit, static_argnames="size")
+def bias_of(discount: Discount, slots: Int[Array, "T"], size: int) -> Float[Array, "S"]:
+    """What a discount adds to the logits of `size` slots where those of `slots` were recomputed."""
+    return discount.bias(row_of_slot(slots, size))
 
 
 @partial(jax.jit, static_argnames=("cfg", "how"), donate_argnames=("x", "caches"))

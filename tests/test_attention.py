@@ -33,11 +33,12 @@ SIZES = [((1, 1, 4, 2), (8, 16)), ((37, 90, 7, 1), (16, 7)), ((24, 64, 3, 3), (8
 
 
 @settings(max_examples=30, deadline=None)
-@given(sizes=st.sampled_from(SIZES), pad=st.integers(0, 20), seed=st.integers(0, 99))
+@given(sizes=st.sampled_from(SIZES), pad=st.integers(0, 20), seed=st.integers(0, 99), biased=st.booleans())
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_every_implementation_equals_the_reference_for_any_positions(name, sizes, pad, seed):
+def test_every_implementation_equals_the_reference_for_any_positions(name, sizes, pad, seed, biased):
     (T, S, N, K), block = sizes
-    args = inputs(T, S, N, K, 8, min(pad, T - 1), seed=seed)
+    bias = jnp.asarray(np.random.default_rng(seed).normal(0, 3, S), jnp.float32) if biased else None
+    args = *inputs(T, S, N, K, 8, min(pad, T - 1), seed=seed), bias
     out = IMPLEMENTATIONS[name](*args, *(block if name == "blocked" else ()))
     assert max_diff(out, REFERENCE(*args)) < 1e-5
 

@@ -7,7 +7,7 @@ from cacheclip_jax import CacheClip
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import Full, make
 from cacheclip_jax.online import execute
-from cacheclip_jax.plan import Plan, Reshape
+from cacheclip_jax.plan import Discount, Plan, Reshape
 from cacheclip_jax.select import Budget
 from cacheclip_jax.store import ChunkStore, Passage
 from eval.batch_decode import first_tokens
@@ -20,7 +20,7 @@ JUDGED, LIMITS = 4, (12, 3, 1)
 
 
 class Kept:
-    """A plan that isn't plain: slots and positions differ, or the context's attention is reshaped."""
+    """A plan that isn't plain: slots and positions differ, or attention to the context is changed."""
 
     def __init__(self, name: str, caches, **settings):
         self.name, self.caches, self._settings = name, caches, settings
@@ -31,7 +31,8 @@ class Kept:
 
 
 METHODS = [Full(), make("naive"), make("cacheclip", Budget(ratio=0.1)), Kept("dropped", None, drop=True),
-           Kept("reshaped", "none", reshape=Reshape(0.8, 0.9))]
+           Kept("reshaped", "none", reshape=Reshape(0.8, 0.9)),
+           Kept("discounted", "shared", discount=Discount(np.int32(90), np.int32(900), np.float32(1.5)))]
 
 
 def run(models: Lab, size: int, methods=METHODS, judged: int = JUDGED):

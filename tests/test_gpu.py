@@ -9,11 +9,12 @@ import pytest
 
 from cacheclip_jax import CacheClip, ChunkStore, Passage
 from cacheclip_jax.assemble import KVCache, empty
-from cacheclip_jax.attention import choose
+from cacheclip_jax.attention import choose, for_rows, row_attention
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.model.params import init
 from cacheclip_jax.recompute import embed_rows, fresh_span, last_logits, recompute
 from tests.conftest import TINY, assembled, max_diff, random_prompt
+from tests.test_attention import REFERENCE, inputs
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
@@ -59,6 +60,16 @@ def test_ratio_one_and_one_chunk_at_ratio_zero_equal_full_prefill(model):
     nothing = np.arange(len(ids) - len(question), len(ids))
     stale = rows(params, cfg, ids[nothing], nothing, assembled(params, cfg, prefix, chunks, 1024), how)
     assert max_diff(stale, expected) > limit
+
+
+@pytest.mark.parametrize("rows, slots", [(1, 300), (37, 1001), (900, 8192)])
+def test_row_attention_equals_the_reference_with_and_without_a_bias(model, rows, slots):
+    cfg, _, how = model
+    for pad in (0, rows // 3):
+        args = inputs(rows, slots, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, pad, jnp.bfloat16)
+        for bias in (None, jnp.where(jnp.arange(slots) % 3 == 0, -2.0, 0.5)):
+            assert max_diff(row_attention(*args, for_rows(how, rows), bias), REFERENCE(*args, bias)) < 0.02
+            assert max_diff(row_attention(*args, "cudnn", bias), REFERENCE(*args, bias)) < 0.02
 
 
 @pytest.mark.parametrize("device_bytes", [0, 1 << 26])

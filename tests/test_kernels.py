@@ -23,6 +23,11 @@ def on(device):
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
+def bias_of(S):
+    """A number for each slot as a discount has it, and others."""
+    return jnp.where(jnp.arange(S) % 3 == 0, -2.0, jnp.linspace(-1.0, 1.0, S))
+
+
 def interpreted(*args, blocks=None, races=False):
     params = plgpu.InterpretGPUParams(detect_races=races)
     try:
@@ -33,10 +38,11 @@ def interpreted(*args, blocks=None, races=False):
         raise
 
 
-def lower(f, device, platform, T, S, N, K, H, dtype):
+def lower(f, device, platform, T, S, N, K, H, dtype, biased=False):
     shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((T, N, H), (K, S, H), (K, S, H))]
+    bias = [jax.ShapeDtypeStruct((S,), jnp.float32)] if biased else []
     with on(device):
-        return jax.jit(f).trace(*shapes, jax.ShapeDtypeStruct((T,), jnp.int32)).lower(
+        return jax.jit(f).trace(*shapes, jax.ShapeDtypeStruct((T,), jnp.int32), *bias).lower(
             lowering_platforms=(platform,)).as_text()
 
 
@@ -53,6 +59,12 @@ def test_the_hopper_kernel_equals_the_reference(heads, H, dtype, pad, blocks):
     assert np.all(np.asarray(out[30 - pad:], np.float32) == 0)
 
 
+@pytest.mark.parametrize("heads, H, blocks", [((6, 2), 64, Blocks(slots=64)), ((3, 1), 128, Blocks())])
+def test_the_hopper_kernel_adds_a_bias(heads, H, blocks):
+    args = (*inputs(30, 301, *heads, H, 5, jnp.bfloat16), bias_of(301))
+    assert max_diff(interpreted(*args, blocks=blocks), REFERENCE(*args)) < 0.02
+
+
 def test_the_hopper_kernel_has_no_races_and_never_sees_later_slots(capfd, caplog):
     q, k, v, positions = inputs(20, 200, 2, 1, 64, dtype=jnp.bfloat16)
     before = interpreted(q, k, v, positions, blocks=Blocks(consumers=1, slots=64, turns=False), races=True)
@@ -60,6 +72,7 @@ def test_the_hopper_kernel_has_no_races_and_never_sees_later_slots(capfd, caplog
     changed = interpreted(q, k.at[:, after:].set(99.0), v.at[:, after:].set(99.0), positions,
                           blocks=Blocks(slots=64), races=True)
     assert max_diff(changed[:10], before[:10]) == 0
+    interpreted(q, k, v, positions, bias_of(200), blocks=Blocks(slots=64), races=True)
     assert "RACE" not in "".join([*capfd.readouterr(), caplog.text])  # jax 0.11 prints, 0.12 logs
 
 
@@ -74,7 +87,8 @@ def test_the_hopper_kernel_gives_zeros_for_tiles_of_padding_and_takes_fewer_slot
 def test_the_hopper_kernel_lowers_for_every_type_and_head_dim(heads):
     for dtype, H, S in ((jnp.bfloat16, 64, 4097), (jnp.bfloat16, 128, 8192), (jnp.float16, 64, 8192),
                         (jnp.float16, 128, 2049)):
-        assert "mosaic_gpu" in lower(mosaic_gpu, H100, "cuda", 1638, S, *heads, H, dtype)
+        for biased in (False, True):
+            assert "mosaic_gpu" in lower(mosaic_gpu, H100, "cuda", 1638, S, *heads, H, dtype, biased)
 
 
 @pytest.mark.parametrize("blocks", [
@@ -83,7 +97,9 @@ def test_the_hopper_kernel_lowers_for_every_type_and_head_dim(heads):
 ])
 @pytest.mark.parametrize("S", [3, 4097])
 def test_the_hopper_kernel_lowers_for_every_variant_and_any_number_of_slots(blocks, S):
-    assert "mosaic_gpu" in lower(partial(mosaic_gpu, blocks=blocks), H100, "cuda", 819, S, 28, 4, 128, jnp.bfloat16)
+    for biased in (False, True)[: 1 + (blocks.smem(128, biased=True) <= SMEM)]:
+        assert "mosaic_gpu" in lower(partial(mosaic_gpu, blocks=blocks), H100, "cuda", 819, S, 28, 4, 128, jnp.bfloat16,
+                                     biased)
 
 
 def test_blocks_that_cannot_work_are_refused_with_the_limit():
@@ -104,6 +120,7 @@ def test_chosen_blocks_grow_with_the_rows_and_fit_shared_memory(H, T, K, consume
         blocks = blocks_for(H, T, S, K)
         assert blocks.consumers == consumers
         assert blocks.smem(H, interpretable=True) <= SMEM
+        assert blocks.smem(H, biased=True) <= SMEM
 
 
 @pytest.mark.parametrize("heads, H, dtype, pad, error", [
@@ -113,6 +130,12 @@ def test_the_tpu_kernel_equals_the_reference(heads, H, dtype, pad, error):
     out = jax.jit(partial(mosaic_tpu, tile=128, slots=128, interpret=True))(*args)
     assert max_diff(out, REFERENCE(*args)) < error
     assert np.all(np.asarray(out[110 - pad:], np.float32) == 0)
+
+
+def test_the_tpu_kernel_adds_a_bias():
+    args = (*inputs(110, 300, 6, 2, 64, 5), bias_of(300))
+    out = jax.jit(partial(mosaic_tpu, tile=128, slots=128, interpret=True))(*args)
+    assert max_diff(out, REFERENCE(*args)) < 1e-5
 
 
 def test_the_tpu_kernel_never_sees_later_slots():
@@ -126,4 +149,5 @@ def test_the_tpu_kernel_never_sees_later_slots():
 @pytest.mark.parametrize("heads", HEADS)
 def test_the_tpu_kernel_lowers_for_every_type_and_head_dim(heads):
     for dtype, H, S in ((jnp.bfloat16, 64, 8192), (jnp.bfloat16, 128, 1000), (jnp.float32, 128, 8192)):
-        assert "tpu_custom_call" in lower(mosaic_tpu, V5E, "tpu", 1638, S, *heads, H, dtype)
+        for biased in (False, True):
+            assert "tpu_custom_call" in lower(mosaic_tpu, V5E, "tpu", 1638, S, *heads, H, dtype, biased)

@@ -18,8 +18,8 @@ from cacheclip_jax.methods import AuxGuided
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.rope import rotate
 from cacheclip_jax.online import execute, parallel_positions
-from cacheclip_jax.plan import Plan, Reshape, Tail
-from cacheclip_jax.recompute import continuation_logits
+from cacheclip_jax.plan import Discount, Plan, Reshape, Tail
+from cacheclip_jax.recompute import continuation_logits, rows_over_cached
 from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import Budget, select
 from tests.conftest import TINY, assembled, full_prefill, max_diff, rows, scores_over, stacked
@@ -207,6 +207,36 @@ def test_dropped_tokens_leave_no_trace_and_the_others_keep_their_positions(qwen2
     assert max_diff(done.logits, logits[-4]) < 1e-4
     assert (int(done.tail.slot), int(done.tail.position)) == (len(at), len(r.prompt.ids))
     assert max_diff(continued(r, done, plan, answer), logits[-3:]) < 1e-4
+
+
+@pytest.mark.parametrize("behind, first_stale", [("shared", 1), ("none", 0)])
+def test_a_discount_takes_weight_from_stale_tokens_also_for_every_decoded_token(qwen2, behind, first_stale):
+    cfg, params = qwen2
+    r = request(qwen2)
+    chosen, prefix, answer = some(r, 3, 4, 29, 50, 70), len(r.prompt.prefix), [7, 8, 9]
+    plan = Plan(chosen, discount=Discount.of(r.prompt, behind, 1.5))
+    done = execute(r, plan, behind)
+    stale = ~chosen & (np.arange(len(chosen)) >= sum(r.prompt.chunk_lengths[:first_stale]))
+    bias = np.zeros(SLOTS, np.float32)
+    bias[context(r.prompt)] = np.where(stale, -1.5, 0)
+    cache = cache_of(r, behind)
+    asked = range(r.prompt.question_start, len(r.prompt.ids) + len(answer))
+    at = np.array([*(prefix + np.flatnonzero(chosen)), *asked], np.int32)
+    x = decoder.embed(params, np.array([*r.prompt.ids, *answer])[at])
+    for layer, *kv in zip(params.layers, cache.k, cache.v, strict=True):
+        q, (k, v) = rows_over_cached(x, layer, cfg, at, kv)
+        x = decoder.finish(x, row_attention_reference(q, k, v, at, bias), layer, cfg)
+    expected = decoder.logits(params, cfg, x)[-4:]
+    assert max_diff(done.logits, expected[0]) < 1e-4
+    assert max_diff(continued(r, done, plan, answer), expected[1:]) < 1e-4
+    assert max_diff(execute(r, Plan(chosen), behind).logits, expected[0]) > 1e-3
+
+
+def test_a_discount_of_one_chunk_behind_the_shared_prefix_changes_nothing(qwen2):
+    cfg, params = qwen2
+    r = request(qwen2, lengths=(5, 40, 9))
+    plan = Plan(np.zeros(40, bool), discount=Discount.of(r.prompt, "shared", 2.0))
+    assert max_diff(execute(r, plan, "shared").logits, full_prefill(params, cfg, r.prompt.ids, SLOTS)[0]) < 1e-4
 
 
 def ape_by_hand(r, answer, reshape):

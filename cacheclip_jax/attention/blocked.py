@@ -12,7 +12,8 @@ _MASKED = -1e30  # finite, so that a block in which a row sees nothing yields ex
 
 
 def blocked(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
-            block_rows: int = 128, block_slots: int = 512) -> Float[Array, "T N H"]:
+            bias: Float[Array, "S"] | None = None, block_rows: int = 128, block_slots: int = 512
+            ) -> Float[Array, "T N H"]:
     """Row attention (see `row_attention`) with an online softmax in float32."""
     T, N, H = q.shape
     K, S, _ = k.shape
@@ -36,6 +37,8 @@ def blocked(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, 
             kb = jax.lax.dynamic_slice_in_dim(k, start, bs, axis=1)
             vb = jax.lax.dynamic_slice_in_dim(v, start, bs, axis=1)
             s = jnp.einsum("kth,ksh->kts", q, kb, preferred_element_type=jnp.float32, precision=exact) * H**-0.5
+            if bias is not None:
+                s += jax.lax.dynamic_slice_in_dim(bias, start, bs)
             s = jnp.where((slot <= pos) & (slot >= i * bs), s, _MASKED)
             new_top = jnp.maximum(top, s.max(-1, keepdims=True))
             shrink, p = jnp.exp(top - new_top), jnp.exp(s - new_top)

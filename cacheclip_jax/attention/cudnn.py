@@ -20,7 +20,7 @@ def refuse(H: int, dtype: Any) -> None:
 
 
 def cudnn(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
-          implementation: Implementation = "cudnn") -> Float[Array, "T N H"]:
+          bias: Float[Array, "S"] | None = None, implementation: Implementation = "cudnn") -> Float[Array, "T N H"]:
     """Row attention (see `row_attention`) with a T x S mask that the heads share.
 
     Nothing is skipped: it computes about twice what is needed. `implementation` is for tests without a GPU.
@@ -30,7 +30,10 @@ def cudnn(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K
     # cuDNN gives NaN for a row that sees nothing: a padding row sees slot 0, and its output is dropped.
     seen = jnp.arange(k.shape[1]) <= jnp.maximum(positions, 0)[:, None]
     k, v = k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None]
-    out = jax.nn.dot_product_attention(q[None], k, v, mask=seen[None, None], implementation=implementation)[0]
+    added = None  # cuDNN broadcasts it over heads, not over rows
+    if bias is not None:
+        added = jnp.broadcast_to(bias.astype(q.dtype), (1, 1, *seen.shape))
+    out = jax.nn.dot_product_attention(q[None], k, v, added, seen[None, None], implementation=implementation)[0]
     return jnp.where(positions[:, None, None] >= 0, out, 0)
 
 

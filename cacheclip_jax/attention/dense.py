@@ -8,20 +8,22 @@ from jaxtyping import Array, Float, Int
 from cacheclip_jax.precision import precision
 
 
-def dense(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"]
-          ) -> Float[Array, "T N H"]:
+def dense(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
+          bias: Float[Array, "S"] | None = None) -> Float[Array, "T N H"]:
     """Row attention (see `row_attention`) with logits in float32; takes 4 T N S bytes for them."""
-    return dense_with_weights(q, k, v, positions)[0]
+    return dense_with_weights(q, k, v, positions, bias)[0]
 
 
 def dense_with_weights(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"],
-                       positions: Int[Array, "T"]) -> tuple[Float[Array, "T N H"], Float[Array, "T N S"]]:
+                       positions: Int[Array, "T"], bias: Float[Array, "S"] | None = None
+                       ) -> tuple[Float[Array, "T N H"], Float[Array, "T N S"]]:
     """`dense`, and the weights themselves in float32; those of padding rows mean nothing."""
     T, N, H = q.shape
     K, S, _ = k.shape
     exact = precision(q.dtype)
     grouped = q.reshape(T, K, N // K, H)
     s = jnp.einsum("tkgh,ksh->kgts", grouped, k, preferred_element_type=jnp.float32, precision=exact) * H**-0.5
+    s = s if bias is None else s + bias
     # A padding row sees slot 0, so that its softmax is defined; its output is dropped.
     s = jnp.where(jnp.arange(S) <= jnp.maximum(positions, 0)[:, None], s, -jnp.inf)
     p = jnp.exp(s - s.max(-1, keepdims=True))

@@ -27,6 +27,7 @@ _TILING = (8, 64)  # of a copy to shared memory: slots and numbers of a head, bo
 _MULTIPROCESSORS = 132  # of an H100
 _RESERVED = 3 * 1024  # of which barriers and the compiler's scratch for reductions
 _REGISTERS = {2: (232, 40), 3: (160, 32)}  # consumer's and producer's, by consumers; one consumer has plenty
+_LOG2_E = math.log2(math.e)
 _NOTHING_SEEN = -1e30  # finite: a row that sees nothing has exp2(-inf - top) = 0, not NaN
 
 
@@ -61,10 +62,10 @@ class Blocks:
         """Folded rows of a tile."""
         return self.rows_per_group * self.consumers
 
-    def smem(self, H: int, interpretable: bool = False) -> int:
+    def smem(self, H: int, interpretable: bool = False, biased: bool = False) -> int:
         """Bytes of shared memory at head dim H in a 16-bit type."""
         rows = self.tile * (H + (self.slots if interpretable else 0))
-        return 2 * (rows + 2 * self.stages * self.slots * H) + _RESERVED
+        return 2 * (rows + 2 * self.stages * self.slots * (H + biased)) + _RESERVED
 
 
 def blocks_for(H: int, T: int, S: int, K: int) -> Blocks:
@@ -81,7 +82,8 @@ def blocks_for(H: int, T: int, S: int, K: int) -> Blocks:
 
 
 def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
-               blocks: Blocks | None = None, interpretable: bool = False) -> Float[Array, "T N H"]:
+               bias: Float[Array, "S"] | None = None, blocks: Blocks | None = None, interpretable: bool = False
+               ) -> Float[Array, "T N H"]:
     """Row attention (see `row_attention`) on a Hopper GPU, for float16 and bfloat16 and head dims 64 and 128.
 
     K and V are copied if S is less than a block has or no multiple of 8: caches are best padded to multiples of 8.
@@ -99,11 +101,12 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
         raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have one type")
     G = N // K
     blocks = blocks or blocks_for(H, T * G, S, K)
-    if (need := blocks.smem(H, interpretable)) > SMEM:
+    if (need := blocks.smem(H, interpretable, bias is not None)) > SMEM:
         raise ValueError(f"{blocks} needs {need} bytes of shared memory at head dim {H}, over {SMEM}: "
                          "take fewer stages, slots or consumers")
     if missing := max(blocks.slots - S, -S % _TILING[0]):
         k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (k, v))
+    added = () if bias is None else (jnp.pad(bias.astype(jnp.float32) * _LOG2_E, (0, -S % blocks.slots)),)
 
     tiles = -(-T * G // blocks.tile)
     q = q.reshape(T, K, G, H).transpose(1, 0, 2, 3).reshape(K, T * G, H)
@@ -113,7 +116,7 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     by_group = pos.reshape(tiles, blocks.consumers, -1)
     first = jnp.where(by_group < 0, S, by_group).min(2)
     full = jnp.minimum((first + 1) // blocks.slots, steps[:, None]).reshape(-1)
-    out = _kernel(K, tiles, H, q.dtype, blocks, interpretable)(q, k, v, pos, steps, full)
+    out = _kernel(K, tiles, H, q.dtype, blocks, bool(added), interpretable)(q, k, v, pos, steps, full, *added)
     return out[:, : T * G].reshape(K, T, G, H).transpose(1, 0, 2, 3).reshape(T, N, H)
 
 
@@ -123,6 +126,7 @@ class _Scratch(NamedTuple):
     q: Any
     k: Any
     v: Any
+    bias: Any
     p: Any
     q_ready: Any
     k_ready: Any
@@ -132,13 +136,15 @@ class _Scratch(NamedTuple):
     turn: Any
 
 
-def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, interpretable: bool):
-    """The kernel from folded rows [K, tiles * tile, H] and each tile's blocks to folded outputs."""
+def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool, interpretable: bool):
+    """The kernel from folded rows [K, tiles * tile, H] and each tile's blocks to folded outputs; `biased` adds a number
+    for each slot, in units of log 2."""
     M, slots, stages, consumers = blocks.rows_per_group, blocks.slots, blocks.stages, blocks.consumers
-    log2_scale = H**-0.5 * math.log2(math.e)
-    per_row = plgpu.Layout.WGMMA.reduce(1)
+    log2_scale = H**-0.5 * _LOG2_E
+    per_row, per_slot = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
-    def body(q_g, k_g, v_g, pos_g, steps_g, full_g, out_g, *scratch):
+    def body(q_g, k_g, v_g, pos_g, steps_g, full_g, *others):
+        (bias_g, out_g, *scratch) = others if biased else (None, *others)
         # Tiles of the largest positions have the most blocks: started first, the short ones fill the gaps at the end.
         tile, head = tiles - 1 - lax.axis_index("tile"), lax.axis_index("head")
         thread = lax.axis_index("warpgroup")
@@ -154,12 +160,12 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, interpretabl
         def _():
             if consumers in _REGISTERS:
                 plgpu.set_max_registers(_REGISTERS[consumers][1], action="decrease")
-            produce(head, steps, k_g, v_g, _Scratch(*scratch))
+            produce(head, steps, k_g, v_g, bias_g, _Scratch(*scratch))
 
     def stage_of(step):
         return lax.rem(step, jnp.int32(stages))
 
-    def produce(head, steps, k_g, v_g, smem: _Scratch):
+    def produce(head, steps, k_g, v_g, bias_g, smem: _Scratch):
         @pl.loop(0, steps)
         def _(step):
             stage, block = stage_of(step), (head, pl.ds(step * slots, slots))
@@ -167,6 +173,8 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, interpretabl
                                                 (v_g, smem.v, smem.v_ready, smem.v_used)):
                 pl.when(step >= stages)(partial(plgpu.barrier_wait, used.at[stage]))
                 plgpu.copy_gmem_to_smem(source.at[block], target.at[stage], ready.at[stage])
+                if biased and source is k_g:
+                    plgpu.copy_gmem_to_smem(bias_g.at[block[1]], smem.bias.at[stage], ready.at[stage])
 
         # Who waited for a barrier must have seen all its arrivals when it goes out of scope.
         @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
@@ -196,17 +204,24 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, interpretabl
                 return s_ref[...]
 
             s = pl.run_scoped(product, plgpu.ACC((M, slots), jnp.float32))
+            if biased:
+                bias = plgpu.load(smem.bias.at[stage_of(i)], layout=per_slot)
+                s = s * log2_scale + lax.broadcast_in_dim(bias, s.shape, [1])
+                plgpu.commit_smem()  # orders this read before the copy that uses the stage next
             plgpu.barrier_arrive(smem.k_used.at[stage_of(i)])
             return s
+
+        def in_log2(x):
+            return x if biased else x * log2_scale
 
         def softmax(i, s, carry, masked: bool):
             acc, top, total = carry
             if masked:
                 slot = plgpu.broadcasted_iota(jnp.int32, (M, slots), 1, layout=plgpu.Layout.WGMMA)
                 s = jnp.where(slot <= lax.broadcast_in_dim(pos - i * slots, s.shape, [0]), s, -jnp.inf)
-            new_top = jnp.maximum(top, s.max(axis=1) * log2_scale)
+            new_top = jnp.maximum(top, in_log2(s.max(axis=1)))
             shrink = jnp.exp2(top - new_top)
-            p = jnp.exp2(s * log2_scale - lax.broadcast_in_dim(new_top, s.shape, [0]))
+            p = jnp.exp2(in_log2(s) - lax.broadcast_in_dim(new_top, s.shape, [0]))
             acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
             total = total * shrink + p.sum(axis=1)
             p = p.astype(dtype)
@@ -269,6 +284,8 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, interpretabl
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=_Scratch(
             q=plgpu.SMEM((consumers, M, H), dtype, transforms=layout), k=ring, v=ring,
+            bias=plgpu.SMEM((stages, slots), jnp.float32) if biased else None,
             p=plgpu.SMEM((consumers, M, slots), dtype, transforms=layout) if interpretable else None,
-            q_ready=plgpu.Barrier(num_barriers=consumers), k_ready=filled, v_ready=filled, k_used=used, v_used=used,
+            q_ready=plgpu.Barrier(num_barriers=consumers), v_ready=filled,
+            k_ready=plgpu.Barrier(num_arrivals=2 if biased else 1, num_barriers=stages), k_used=used, v_used=used,
             turn=plgpu.Barrier(num_arrivals=consumers) if blocks.turns else None))

@@ -23,7 +23,8 @@ _NOTHING_SEEN = -1e30  # finite: a row that sees nothing has exp(-inf - top) = 0
 
 
 def mosaic_tpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
-               tile: int = 256, slots: int = 512, interpret: bool = False) -> Float[Array, "T N H"]:
+               bias: Float[Array, "S"] | None = None, tile: int = 256, slots: int = 512, interpret: bool = False
+               ) -> Float[Array, "T N H"]:
     """Row attention (see `row_attention`) on a TPU: `tile` folded rows by `slots` slots at a time, multiples of 128.
 
     Raises NotImplementedError for head dims other than 64 and 128. `interpret` runs it on any platform, for tests.
@@ -48,22 +49,25 @@ def mosaic_tpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     def block(head, t, s, steps):
         return head, jnp.clip(s, 0, jnp.maximum(steps[t] - 1, 0)), 0
 
+    biased = () if bias is None else (bias.astype(jnp.float32)[None],)
     out = pl.pallas_call(
         partial(_kernel, slots=slots, S=S, scale=H**-0.5),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=(K, tiles, blocks),
             in_specs=[pl.BlockSpec((tile, 1), lambda head, t, s, steps: (t, 0)), pl.BlockSpec((None, tile, H), rows),
-                      pl.BlockSpec((None, slots, H), block), pl.BlockSpec((None, slots, H), block)],
+                      pl.BlockSpec((None, slots, H), block), pl.BlockSpec((None, slots, H), block),
+                      *[pl.BlockSpec((1, slots), lambda *at: (0, block(*at)[1])) for _ in biased]],
             out_specs=pl.BlockSpec((None, tile, H), rows),
             scratch_shapes=[pltpu.VMEM((tile, H), jnp.float32), pltpu.VMEM((tile, _LANES), jnp.float32),
                             pltpu.VMEM((tile, _LANES), jnp.float32)]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        interpret=interpret)(steps, pos[:, None], q, k, v)
+        interpret=interpret)(steps, pos[:, None], q, k, v, *biased)
     return out[:, : T * G].reshape(K, T, G, H).transpose(1, 0, 2, 3).reshape(T, N, H)
 
 
-def _kernel(steps, pos, q, k, v, out, acc, top, total, *, slots: int, S: int, scale: float):
+def _kernel(steps, pos, q, k, v, *others, slots: int, S: int, scale: float):
+    *bias, out, acc, top, total = others
     t, s = pl.program_id(1), pl.program_id(2)
     exact = precision(q.dtype)
 
@@ -81,6 +85,7 @@ def _kernel(steps, pos, q, k, v, out, acc, top, total, *, slots: int, S: int, sc
             values = jnp.where(inside, values, jnp.zeros_like(values))
         x = lax.dot_general(q[...], k[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
                             precision=exact) * scale
+        x = x + bias[0][...] if bias else x
         x = jnp.where(s * slots + lax.broadcasted_iota(jnp.int32, x.shape, 1) <= pos[...], x, -jnp.inf)
         new_top = jnp.maximum(top[...], x.max(1, keepdims=True))
         shrink, p = jnp.exp(top[...] - new_top), jnp.exp(x - new_top[:, :1])

@@ -19,7 +19,7 @@ def reshaped(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array,
 
     Within the context logits are divided by the tail's temperature T. The two parts' outputs are merged with
     softmax([lse_context * scale * T, lse_other]), lse being each part's log-sum-exp (APE, arXiv 2502.05431, section 4).
-    With temperature and scale 1 it is row attention, padding rows (slot -1, output zero) included.
+    With temperature and scale 1 it is row attention with the tail's bias, padding rows (slot -1, output zero) included.
     """
     T = len(slots)
     if T <= FEW_ROWS:
@@ -37,6 +37,7 @@ def _dense(q, k, v, slots, tail):
     exact = precision(q.dtype)
     s = jnp.einsum("tkgh,ksh->kgts", q.reshape(T, K, N // K, H), k, preferred_element_type=jnp.float32,
                    precision=exact) * H**-0.5
+    s = s if tail.bias is None else s + tail.bias
     slot = jnp.arange(S)
     context = (slot >= tail.context_start) & (slot < tail.context_end)
     s = jnp.where(slot <= slots[:, None], jnp.where(context, s / tail.temperature, s), _MASKED)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Groups
 from cacheclip_jax.methods.method import ByPrefix, best
-from cacheclip_jax.plan import Behind, Plan
+from cacheclip_jax.plan import Behind, Discount, Plan
 from cacheclip_jax.ranking import Ranking
 from cacheclip_jax.request import Request
 from cacheclip_jax.score import Scoring
@@ -18,6 +18,7 @@ class AuxGuided(ByPrefix):
     """Recompute the groups of tokens that the aux model's attention ranks highest for the question.
 
     `heads_of_chunks` first tokens of every chunk are recomputed in any case, out of the same budget.
+    `discount` nats are subtracted from attention to context tokens whose cache is stale: log 2 lets them count half.
     `prefix` says behind what the primary's chunks were encoded; the aux model reads its own behind the shared prefix.
     """
 
@@ -26,6 +27,7 @@ class AuxGuided(ByPrefix):
     grouping: Grouping = field(default_factory=Groups)
     ranking: Ranking = field(default_factory=Ranking)
     heads_of_chunks: int = 0
+    discount: float = 0.0
     prefix: Behind = "shared"
     name: ClassVar[str] = "cacheclip"
 
@@ -34,7 +36,11 @@ class AuxGuided(ByPrefix):
         if self.heads_of_chunks < 0:
             raise BadInput(f"heads_of_chunks={self.heads_of_chunks} is out of range: it must be 0 (none) or more")
 
+        if not 0 <= self.discount < float("inf"):
+            raise BadInput(f"discount={self.discount} is out of range: it must be 0 (none) or more, and finite")
+
     def plan(self, request: Request) -> Plan:
         """The best groups by aux score, until the budget is spent."""
         return best(request, lambda: request.aux_scores(self.scoring), self.budget, self.grouping,
-                    ranking=self.ranking, heads_of_chunks=self.heads_of_chunks)
+                    ranking=self.ranking, heads_of_chunks=self.heads_of_chunks,
+                    discount=Discount.of(request.prompt, self.prefix, self.discount))

@@ -9,7 +9,7 @@ import jax
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Windows
-from cacheclip_jax.plan import Behind, Caches, Plan, Scores
+from cacheclip_jax.plan import Behind, Caches, Discount, Plan, Scores
 from cacheclip_jax.ranking import Ranking, rank
 from cacheclip_jax.recompute import best_rows
 from cacheclip_jax.request import Request
@@ -47,7 +47,8 @@ class ByPrefix:
 
 
 def best(request: Request, signal: Callable[[], Scores], budget: Budget, grouping: Grouping, dense_layers: int = 0,
-         ranking: Ranking = Ranking(), heads_of_chunks: int = 0) -> Plan:  # noqa: B008 (frozen)
+         ranking: Ranking = Ranking(), heads_of_chunks: int = 0,  # noqa: B008 (frozen)
+         discount: Discount | None = None) -> Plan:
     """A plan that recomputes the groups which a signal ranks highest, until the budget is spent.
 
     Where that bounds the number of rows, one program goes from the scores to the rows, and what it needs beside them is
@@ -59,11 +60,11 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
         scores = signal()
         chosen = select_on_device(rank(scores, prompt.chunks, ranking), prompt.chunk_lengths, budget, grouping,
                                   prompt.chunks, heads_of_chunks)
-        return Plan(chosen.mask, scores, dense_layers=dense_layers)
+        return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
     groups = Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
-    ids, bounds, groups = jax.device_put((*prompt.in_slots(side.slots), groups), side.sharding)
+    ids, bounds, groups, discount = jax.device_put((*prompt.in_slots(side.slots), groups, discount), side.sharding)
     scores = signal()
     ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking), prompt.context_tokens)
     mask, rows = best_rows(side.model.params.outer, ids, bounds, jax.device_put(ranks, side.sharding), groups,
                            side.rows(most + len(prompt.question), "repair"))
-    return Plan(mask, scores, most, dense_layers, rows=rows)
+    return Plan(mask, scores, most, dense_layers, discount=discount, rows=rows)
