@@ -77,6 +77,11 @@ class ChunkCaches:
         """Of weights and caches."""
         return np.dtype(self.model.params.embed.dtype)
 
+    @property
+    def _whole(self) -> bool:
+        """Whether a chunk lies in one piece in host memory: where its rows go straight to a GPU, no page is wanted."""
+        return self.buffers is not None and self.device is None
+
     def prompt(self, passages: Sequence[Passage], question: str) -> Prompt:
         """A request's ids for this model."""
         return Prompt(prefix=self.prefix_ids, chunks=tuple(self.encoded(p) for p in passages),
@@ -198,7 +203,7 @@ class ChunkCaches:
             out.warnings.append(str(e))
             writable = False
         for passage, kv in self.encode(list(by_id.values()), behind):
-            chunk = self.pages.filled(round_trip(self.store.kv, kv))  # so that the next answer is the same
+            chunk = self.pages.filled(round_trip(self.store.kv, kv), self._whole)  # so that the next answer is the same
             made[passage.id] = self._kept(behind, passage, chunk)
             if not writable:
                 continue
@@ -210,10 +215,13 @@ class ChunkCaches:
         return made
 
     def _read(self, pending: PendingKV, behind: Behind, passage: Passage) -> HostChunk:
-        """A stored chunk cache, read straight into the pages that it's copied to the device from."""
+        """A stored chunk cache, read straight into the memory that it's copied to the device from."""
         cfg, tokens = self.model.config, len(self.encoded(passage).ids)
-        chunk = self.pages.empty(tokens)
-        pending.read_scattered(chunk.buffers(2 * cfg.num_kv_heads * tokens))
+        chunk = self.pages.empty(tokens, self._whole)
+        if chunk.whole is not None:
+            pending.read_whole(chunk.whole)
+        else:
+            pending.read_scattered(chunk.buffers(2 * cfg.num_kv_heads * tokens))
         return self._kept(behind, passage, chunk)
 
     def _kept(self, behind: Behind, passage: Passage, chunk: HostChunk) -> HostChunk:

@@ -1,7 +1,7 @@
-"""Copies from pinned pages to where their rows lie on a GPU, through CUDA's driver.
+"""Copies from pinned memory to where their rows lie on a GPU, through CUDA's driver.
 
 An array for each page would cost the runtime tens of microseconds and several callbacks, which hold the driver's lock
-while programs are launched. Here a page is one call of a few microseconds, and rows needn't be put together afterwards.
+while programs are launched. Here a copy is one call of a few microseconds, and rows needn't be put together afterwards.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Feed:
 
     Chunks that lie in the device tier are used there; the others are fetched and loaded, and kept in the tier where
     there is one. Rows come from pages that are joined on the device, or on a GPU without a device tier from a buffer
-    that the pages were copied to.
+    that they were copied to.
     """
 
     def __init__(self, caches: ChunkCaches, passages: Sequence[Passage], lengths: Sequence[int], behind: Behind,

@@ -57,14 +57,14 @@ class PageCopies:
 
 
 class RowCopies:
-    """Pages are copied to where their rows lie in a buffer on the device; gives the buffer."""
+    """Rows are copied to where they lie in a buffer on the device; gives the buffer."""
 
     def __init__(self, buffers: RowBuffers, size: int, ahead: int, offsets: Sequence[int], rows: Sequence[int]):
         self._buffers, self._offsets, self._rows = buffers, offsets, rows
         self._ring = buffers.borrow(size, ahead)
 
     def send(self, number: int, chunks: Sequence[HostChunk]) -> jax.Array:
-        """Copy a block's pages."""
+        """Copy a block's rows."""
         self._buffers.stream.enter()
         buffer = self._ring[number % len(self._ring)]
         self._buffers.fill(buffer, number, chunks, self._offsets, self._rows)

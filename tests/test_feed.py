@@ -103,6 +103,25 @@ def test_methods_that_read_caches_twice_or_in_part_get_the_same_from_everywhere(
         np.testing.assert_array_equal(expected.plan.recompute, got.plan.recompute)
 
 
+def test_what_lies_on_the_disk_travels_bit_for_bit_and_is_encoded_anew_where_damaged(models, store, tmp_path, way):
+    pages_alone = CacheClip(*models, store, host_bytes=0)
+    pages_alone.primary.buffers = pages_alone.aux.buffers = None
+    expected = prefilled(pages_alone, TEXTS).logits
+    clip = CacheClip(*models, ChunkStore.open(tmp_path), host_bytes=0)
+    clip.index(map(Passage.make, TEXTS))
+    assert max_diff(prefilled(clip, TEXTS).logits, expected) == 0
+    caches, passage = clip.primary, Passage.make(TEXTS[2])
+    space = caches.space("shared")
+    (file,) = tmp_path.glob(f"kv/{space.key}/*/{space.chunk_key(caches.encoded(passage).ids)}.kv")
+    for place in (20, 1100, -1):  # its description, its tokens, its last layer
+        data = bytearray(file.read_bytes())
+        data[place] ^= 1
+        file.write_bytes(data)
+        done = clip.prefill(QUESTION, TEXTS)
+        assert done.fetched.repaired == [passage.id] and max_diff(done.logits, expected) == 0
+        assert max_diff(prefilled(clip, TEXTS).logits, expected) == 0
+
+
 def test_what_lies_on_the_device_is_read_from_nowhere_else(models, store, monkeypatch):
     clip = CacheClip(*models, store, host_bytes=0, device_bytes=1 << 24)
     first = prefilled(clip, TEXTS)
@@ -129,7 +148,8 @@ def test_a_buffer_is_lent_to_one_request_at_a_time_and_few_sizes_are_kept(models
     assert list(buffers._free) == [24, 8]
 
 
-def test_pages_of_what_left_host_memory_are_used_again_and_never_while_somebody_holds_them(models, monkeypatch):
+@pytest.mark.parametrize("whole", [False, True])
+def test_memory_of_what_left_the_host_tier_is_used_again_and_never_while_somebody_holds_it(models, monkeypatch, whole):
     monkeypatch.setattr(pages, "platform_of", lambda sharding: "gpu")
     monkeypatch.setattr(pages, "PAGE_TOKENS", 8)
     cfg, rng = models[0].config, np.random.default_rng(0)
@@ -137,13 +157,15 @@ def test_pages_of_what_left_host_memory_are_used_again_and_never_while_somebody_
     made, tier = HostPages(layout, models[0].params.embed.sharding), Tier(12 * len(layout.blocks) * layout.nbytes(
         layout.blocks[0]))
     held: dict[int, tuple] = {}
-    used = set()
+    used, taken = set(), 0
     for n in range(60):
         kv = rng.standard_normal((cfg.num_layers, 2, cfg.num_kv_heads, int(rng.integers(1, 30)), cfg.head_dim),
                                  np.float32)
-        chunk = made.filled(kv)
+        chunk = made.filled(kv, whole)
+        assert (chunk.whole is not None) == whole
         tier.put((str(n),), chunk, chunk.nbytes)
-        used |= {page.layers.ctypes.data for block in chunk.blocks for page in block}
+        used |= {page.layers.ctypes.data for page in chunk.blocks[0]}
+        taken += len(chunk.blocks[0])
         if n % 7 == 0:
             held[n] = chunk, kv
         assert tier.nbytes <= tier.limit_bytes
@@ -153,7 +175,24 @@ def test_pages_of_what_left_host_memory_are_used_again_and_never_while_somebody_
             held.pop(min(held))
         del chunk
     gc.collect()
-    assert len(used) < 60 * len(layout.blocks)  # of about 130 taken for each block
+    assert len(used) < taken / 2
+
+
+def test_memory_that_chunks_of_other_lengths_left_is_let_go_where_it_is_much(models, monkeypatch):
+    monkeypatch.setattr(pages, "platform_of", lambda sharding: "gpu")
+    monkeypatch.setattr(pages, "PAGE_TOKENS", 8)
+    made = HostPages(PageLayout.of(models[0].config, np.dtype("float32")), models[0].params.embed.sharding)
+    one, limit = made.empty(8, whole=True).nbytes, 6
+    monkeypatch.setattr(pages, "SPARE_BYTES", limit * one)
+    for size in (1, 2, 3, 4):
+        places = []
+        for _ in range(2):
+            held = [made.empty(8 * size, whole=True) for _ in range(10)]
+            places.append({chunk.whole.ctypes.data for chunk in held})
+            assert sum(page.layers.nbytes for free in made._free.values() for page in free) <= limit * one
+            del held
+            gc.collect()
+        assert places[0] == places[1]
 
 
 def stored_layers(chunk, like):

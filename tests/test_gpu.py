@@ -72,12 +72,13 @@ def test_row_attention_equals_the_reference_with_and_without_a_bias(model, rows,
             assert max_diff(row_attention(*args, "cudnn", bias), REFERENCE(*args, bias)) < 0.02
 
 
-@pytest.mark.parametrize("device_bytes", [0, 1 << 26])
-def test_pages_reach_the_gpu_bit_for_bit_however_they_travel(pair, device_bytes):
-    models = tuple(load_model(path, dtype="bfloat16") for path in pair)
-    store = ChunkStore.open("memory://gpu")
-    texts = [f"{n} " + "the cat sat on the mat and looked at the moon " * (n % 3 + 1) for n in range(6)]
-    clip = CacheClip(*models, store, device_bytes=device_bytes)
+@pytest.mark.parametrize("device_bytes, host_bytes", [(0, 1 << 30), (0, 0), (1 << 26, 1 << 30)])
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_caches_reach_the_gpu_bit_for_bit_however_they_travel(long_pair, tmp_path, where, device_bytes, host_bytes):
+    models = tuple(load_model(path, dtype="bfloat16") for path in long_pair)
+    store = ChunkStore.open(tmp_path if where == "file" else f"memory://gpu-{device_bytes}-{host_bytes}")
+    texts = [f"{n} " + "the cat sat on the mat and looked at the moon " * (4 * (n % 3) + 1) for n in range(6)]
+    clip = CacheClip(*models, store, device_bytes=device_bytes, host_bytes=host_bytes)
     clip.index(map(Passage.make, texts))
     assert clip.primary.buffers is not None
     bare = CacheClip(*models, store, host_bytes=0)
@@ -88,3 +89,6 @@ def test_pages_reach_the_gpu_bit_for_bit_however_they_travel(pair, device_bytes)
         used = len(expected.prompt.ids)
         for a, b in zip(expected.cache.k + expected.cache.v, got.cache.k + got.cache.v, strict=True):
             np.testing.assert_array_equal(np.asarray(a)[:, :used], np.asarray(b)[:, :used])
+    kept = [] if clip.primary.host is None else [chunk for chunk, _ in clip.primary.host._kept.values()]
+    assert bool(kept) == (host_bytes > 0)
+    assert all((chunk.whole is None) == (device_bytes > 0) for chunk in kept)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput, ChunkCorrupt
 from cacheclip_jax.store import LAYOUT_VERSION, ChunkStore, Passage, files, is_chunk_id
+from cacheclip_jax.store.chunkfile import checksum, joined
 from tests.chunks import SPACE, chunk, put, same_bits
 
 
@@ -58,19 +59,27 @@ def test_layers_stream_into_callers_buffers_from_many_threads(where, tmp_path):
             pending.read_layer_into(0, bad)
 
 
+@given(st.integers(1, 20_000), st.integers(1, 5), st.integers(0, 99))
+@settings(deadline=None)
+def test_a_checksum_of_equal_parts_follows_from_theirs(size, count, seed):
+    data = np.random.default_rng(seed).integers(0, 256, (count, size), np.uint8)
+    assert joined([checksum(part) for part in data], size) == checksum(data.reshape(-1))
+
+
 @pytest.mark.parametrize("kind", ["exact", "int8"])
 @pytest.mark.parametrize("where", ["file", "memory"])
-def test_a_chunk_is_read_into_pieces_of_any_size_and_checked(where, kind, tmp_path, monkeypatch):
+def test_a_chunk_is_read_into_one_piece_or_pieces_of_any_size_and_checked(where, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_MOST_BUFFERS", 3)  # of one call: several are needed
     store = ChunkStore.open(tmp_path if where == "file" else f"memory://{tmp_path.name}")
     space = replace(SPACE, kv=kind)
     passage, ids, kv = put(store, 0, space)
     expected = store.read(space, ids, passage.id).result()
-    layers = np.zeros((3, expected[0].nbytes), np.uint8)
+    layers, whole = np.zeros((2, 3, expected[0].nbytes), np.uint8)
     cuts = (0, 1, 200, 512, layers.shape[1])
     pieces = [[row[a:b] for a, b in itertools.pairwise(cuts)] for row in layers]
     store.read(space, ids, passage.id, eager=False).read_scattered(pieces)
-    assert layers.tobytes() == expected.tobytes()
+    store.read(space, ids, passage.id, eager=False).read_whole(whole)
+    assert layers.tobytes() == whole.tobytes() == expected.tobytes()
     if where == "file":
         (path,) = tmp_path.glob("kv/*/??/*.kv")
         data = bytearray(path.read_bytes())
@@ -78,6 +87,8 @@ def test_a_chunk_is_read_into_pieces_of_any_size_and_checked(where, kind, tmp_pa
         path.write_bytes(data)
         with pytest.raises(ChunkCorrupt, match="layer 2 fails its checksum"):
             store.read(space, ids, passage.id, eager=False).read_scattered(pieces)
+        with pytest.raises(ChunkCorrupt, match="layer 2 fails its checksum"):
+            store.read(space, ids, passage.id, eager=False).read_whole(whole)
 
 
 def test_zeros_are_stored_like_any_other_values(store):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cacheclip_jax.errors import BadInput, CacheClipError, ChunkCorrupt, StoreError
-from cacheclip_jax.store import ChunkStore
+from cacheclip_jax.store import ChunkStore, files
 from tests.chunks import SPACE, chunk, put, same_bits
 
 KINDS = {
@@ -98,6 +98,22 @@ def test_a_damaged_head_or_passage_is_repaired_by_writing_again(store, tmp_path)
         store.passages()
     put(store, 0)
     assert store.verify() == [] and same_bits(store.read(SPACE, ids, passage.id).result(), kv)
+
+
+@pytest.mark.parametrize("fate", ["damaged", "cut", "removed"])
+def test_what_is_wrong_with_a_file_that_was_found_shows_when_it_is_read(store, tmp_path, fate, monkeypatch):
+    monkeypatch.setattr(files, "_MOST_OPEN", 0)  # so that what is removed can't be read
+    passage, ids, kv = put(store, 0)
+    file = next(tmp_path.rglob("*.kv"))
+    if fate != "removed":
+        file.write_bytes(b"?" * 5000 if fate == "damaged" else file.read_bytes()[:100])
+    pending = store.read(SPACE, ids, passage.id, eager=False)
+    if fate == "removed":
+        file.unlink()
+    with pytest.raises(ChunkCorrupt, match=passage.id):
+        pending.read_whole(np.empty((len(kv), kv[0].nbytes), np.uint8))
+    counts = store.metrics.snapshot()["counts"]
+    assert counts["hits"] == counts["damaged"] == {"disk": 1} and "misses" not in counts
 
 
 def test_files_swapped_between_chunks_are_found(store, tmp_path):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 
 import crc32c
 import numpy as np
@@ -27,6 +28,7 @@ _MAGIC = b"CCKV%04d" % LAYOUT_VERSION
 _PAGE = 4096
 _TABLES = "tables"
 _SANE = 1 << 40
+_POLYNOMIAL = 0x82F63B78  # of crc32c; the highest bit belongs to x^0
 
 
 def head_bytes(layers: int, tokens: int) -> int:
@@ -101,3 +103,38 @@ def unpack_for(head: bytes, space: Space, ids: Sequence[int]) -> Entry:
 
 def checksum(data: np.ndarray, before: int = 0) -> int:
     return crc32c.crc32c(data, before, data.nbytes > 1 << 15)  # without Python's lock where that pays
+
+
+def joined(crcs: Sequence[int], size: int) -> int:
+    """The checksum of parts of `size` bytes each, one after another, from those of the parts."""
+    a, b, c, d = _followed(size)
+    out = 0
+    for crc in crcs:
+        out = a[out & 255] ^ b[out >> 8 & 255] ^ c[out >> 16 & 255] ^ d[out >> 24] ^ crc
+    return out
+
+
+@lru_cache(256)
+def _followed(size: int) -> list[list[int]]:
+    """What a checksum becomes when `size` zero bytes follow, for each of its bytes by value: their sum, as it's linear.
+
+    As zlib's crc32_combine: it is multiplied with x^(8 size) modulo the polynomial.
+    """
+    factor, square = 1 << 31, 1 << 23
+    while size:
+        factor = _times(square, factor) if size & 1 else factor
+        size, square = size >> 1, _times(square, square)
+    tables = [[0] for _ in range(4)]
+    for bit in range(32):
+        one = _times(1 << bit, factor)
+        tables[bit // 8] += [one ^ other for other in tables[bit // 8]]
+    return tables
+
+
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials over GF(2) modulo crc32c's."""
+    out = 0
+    for bit in range(31, -1, -1):
+        out ^= b if a >> bit & 1 else 0
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return out

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, ChunkUnreadable, StoreError
 from cacheclip_jax.store.blobs import FAILURES, translated
-from cacheclip_jax.store.chunkfile import checksum, head_bytes, stored_layer_bytes, unpack_for
+from cacheclip_jax.store.chunkfile import checksum, head_bytes, joined, stored_layer_bytes, unpack_for
 from cacheclip_jax.store.files import FileSource
 from cacheclip_jax.store.layout import chunk_file
 from cacheclip_jax.store.quantize import dequantize
@@ -37,8 +37,8 @@ class PendingKV:
     """One chunk cache being read.
 
     An eager one reads every layer from the start, in background threads, for `layer` and `result`. One that isn't
-    reads nothing but its head before it is asked: for `read_layer_into`, which any number of threads may call at once,
-    each with a buffer of its own.
+    reads nothing before it is asked, but for the head of what isn't a local file: for `read_whole`, or for
+    `read_layer_into`, which any number of threads may call at once, each with a buffer of its own.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class PendingKV:
             self._source = store.pool.source(key, self._head, self._size if eager else None)
         except (*FAILURES, StoreError) as e:
             self._failure = e
+        self._found = not eager and isinstance(self._source, FileSource)  # else the head has to be read to know
 
     @cached_property
     def _entry(self) -> Entry | ChunkCorrupt | None:
@@ -77,18 +78,18 @@ class PendingKV:
             head = np.empty(self._head, np.uint8)
             self._source.read_into(0, head)
             entry = unpack_for(head.tobytes(), self._space, self._ids)
-        except FileNotFoundError:
-            return None
+        except FileNotFoundError as e:
+            return self._flaw(e) if self._found else None
         except (*FAILURES, StoreError) as e:
             return self._flaw(e)
         return entry
 
     def unless_missing(self) -> PendingKV | None:
-        """Itself, or None when the store has no such chunk cache; waits for the beginning of it."""
-        if self._entry is None:
+        """Itself, or None when the store has no such chunk cache; waits for the beginning of it where it has to."""
+        if not self._found and self._entry is None:
             self._store.metrics.count("misses", self._tier)
             return None
-        if isinstance(self._entry, Entry):
+        if self._found or isinstance(self._entry, Entry):
             self._store.metrics.count("hits", self._tier)
             if self._eager:
                 self._start()
@@ -118,13 +119,15 @@ class PendingKV:
         data = out.reshape(-1).view(np.uint8) if straight else np.empty(len(out) * self._step, np.uint8)
         source.read_into(offset, data)
         self._store.metrics.count("bytes_read", self._tier, data.nbytes)
-        for i, layer in enumerate(out):
-            stored = data[i * self._step : (i + 1) * self._step]
-            if checksum(stored) != entry.crcs[first + i]:
-                raise ValueError(f"layer {first + i} fails its checksum")
+        parts, crcs = data.reshape(len(out), -1), entry.crcs[first : first + len(out)]
+        if checksum(data) != joined(crcs, self._step):  # one call: each takes Python's lock again, which others want
+            for i, (stored, crc) in enumerate(zip(parts, crcs, strict=True)):
+                if checksum(stored) != crc:
+                    raise ValueError(f"layer {first + i} fails its checksum")
+        for stored, layer in () if straight else zip(parts, out, strict=True):
             if self._space.kv != "exact":
                 dequantize(self._space.kv, stored, layer)
-            elif not straight:
+            else:
                 layer[...] = stored.view(layer.dtype).reshape(layer.shape)
 
     def read_layer_into(self, layer: int, buffer: np.ndarray) -> None:
@@ -156,6 +159,14 @@ class PendingKV:
                 self._load(layer, self._out[layer : layer + 1])
         assert self._out is not None
         return self._out[layer]
+
+    def read_whole(self, layers: UInt8[np.ndarray, "L bytes"]) -> None:
+        """Fills contiguous memory with every layer, in the calling thread, and checks it; raises as `layer` does."""
+        with self._judged():
+            self._load(0, layers.view(self._space.numpy_dtype).reshape(self._space.shape(len(self._ids))))
+            assert self._source is not None
+            self._source.release()
+        self._finished(self._space.num_layers)
 
     def read_scattered(self, layers: Sequence[Sequence[UInt8[np.ndarray, " bytes"]]]) -> None:
         """Reads and checks every layer in the calling thread, each into flat buffers that it fills one after another;

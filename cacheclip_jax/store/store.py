@@ -223,7 +223,7 @@ class ChunkStore:
         """Starts to read a chunk cache; None when there is none. What is damaged shows in the `result()`.
 
         `out` is where to: a buffer that was used before is filled faster than a new one. With `eager=False` nothing
-        is read but the chunk's head, for callers of `PendingKV.read_layer_into`.
+        is read before `PendingKV` is asked, nor is the head of a local file checked.
         """
         return PendingKV(self, space, ids, passage_id, out, eager).unless_missing()
 
