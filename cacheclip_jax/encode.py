@@ -18,6 +18,7 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
+from cacheclip_jax.pages import uses_pinned
 from cacheclip_jax.recompute import SPAN, embed_rows
 
 Fetch = Callable[[], np.ndarray]  # waits for a chunk cache on its way to the host
@@ -100,15 +101,13 @@ def start_batch(params: Params, cfg: ModelConfig, chunks: Sequence[Sequence[int]
     """Start to encode chunks of one width bucket, and to copy their caches to the host: for each chunk a function, for
     any thread, that waits for its cache [L, 2, K, C, H].
 
-    While its function is held, a cache stays on the device too, padded to the bucket.
+    While its function is held, a cache, padded to the bucket, stays in pinned memory on a GPU, else on the device.
     """
     width = bucket(max(map(len, chunks)))
     ids = np.zeros((len(chunks), width), np.int32)
     for row, chunk in zip(ids, chunks, strict=True):
         row[: len(chunk)] = chunk
-    caches = by_chunk(encode(params, cfg, ids, prefix, how))
-    for kv in caches:
-        kv.copy_to_host_async()
+    caches = to_host(by_chunk(encode(params, cfg, ids, prefix, how)))
     return [partial(_fetch, kv, len(chunk)) for kv, chunk in zip(caches, chunks, strict=True)]
 
 
@@ -116,6 +115,15 @@ def start_batch(params: Params, cfg: ModelConfig, chunks: Sequence[Sequence[int]
 def by_chunk(spans: list[Float[Array, "B l 2 K C H"]]) -> tuple[Float[Array, "L 2 K C H"], ...]:
     """Each chunk's spans one after another, so that the host needn't put them together."""
     return jnp.unstack(jnp.concatenate(spans, 1))
+
+
+def to_host(caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Arrays whose copies to the host are under way: on a GPU into pinned memory, which NumPy then uses as it is."""
+    if uses_pinned(caches[0].sharding):
+        return jax.device_put(caches, caches[0].sharding.with_memory_kind("pinned_host"))
+    for kv in caches:
+        kv.copy_to_host_async()
+    return caches
 
 
 def _fetch(kv: Float[Array, "L 2 K C H"], tokens: int) -> Float[np.ndarray, "L 2 K C H"]:
