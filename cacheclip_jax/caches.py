@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.copies import RowBuffers
-from cacheclip_jax.encode import encode_many, encode_prefix, no_prefix
+from cacheclip_jax.encode import Fetch, ahead, batch_tokens, batches, encode_prefix, no_prefix, start_batch
 from cacheclip_jax.errors import BadInput, ChunkCorrupt, StoreError
 from cacheclip_jax.loader import Source
 from cacheclip_jax.model.load import Model
@@ -124,10 +125,21 @@ class ChunkCaches:
 
     def encode(self, passages: Sequence[Passage], behind: Behind) -> Iterator[tuple[Passage, np.ndarray]]:
         """Encode passages, batched; nothing is stored."""
+        for batch in ahead(self.start(b, behind) for b in self.batches(passages)):
+            for passage, fetch in batch:
+                yield passage, fetch()
+
+    def batches(self, passages: Sequence[Passage]) -> list[list[Passage]]:
+        """Passages in the batches that they are encoded in."""
+        lengths = [len(self.encoded(p).ids) for p in passages]
+        return [[passages[i] for i in batch] for batch in batches(lengths, batch_tokens(self.model.attention.name))]
+
+    def start(self, batch: Sequence[Passage], behind: Behind) -> list[tuple[Passage, Fetch]]:
+        """Start to encode one batch: each passage with what waits for its cache, see `start_batch`."""
         prefix = self.prefix_kv() if behind == "shared" else no_prefix(self.model.params, self.model.config)
-        ids = [self.encoded(p).ids for p in passages]
-        for i, kv in encode_many(self.model.params, self.model.config, ids, prefix, self.model.attention.name):
-            yield passages[i], kv
+        ids = [self.encoded(p).ids for p in batch]
+        fetches = start_batch(self.model.params, self.model.config, ids, prefix, self.model.attention.name)
+        return list(zip(batch, fetches, strict=True))
 
     def missing(self, passages: Sequence[Passage], behind: Behind = "shared") -> list[Passage]:
         """The passages that the store has no cache of, each once."""
@@ -235,8 +247,8 @@ class ChunkCaches:
         space = self.space(behind)
         return space.key, space.chunk_key(self.encoded(passage).ids)
 
-    def write(self, passage: Passage, behind: Behind, kv: np.ndarray):
-        """Write one chunk cache; returns what to wait on."""
+    def write(self, passage: Passage, behind: Behind, kv: np.ndarray | Fetch) -> Future[bool]:
+        """Write one chunk cache, in the background; returns what to wait on."""
         encoded = self.encoded(passage)
         return self.store.write_async(self.space(behind), passage.id, encoded.ids, encoded.spans, kv)
 

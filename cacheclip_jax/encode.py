@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,10 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
+from cacheclip_jax.pages import uses_pinned
 from cacheclip_jax.recompute import SPAN, embed_rows
+
+Fetch = Callable[[], np.ndarray]  # waits for a chunk cache on its way to the host
 
 BATCH_TOKENS = 2048  # rows of one compiled encoding; enough to keep a CPU busy, small enough for memory
 BATCH_TOKENS_ACCELERATOR = 8192  # where a product of 2,048 rows reaches four fifths of the rate of one of 8,192
@@ -75,22 +79,60 @@ def encode_many(params: Params, cfg: ModelConfig, chunks: Sequence[Sequence[int]
                 how: str = "blocked") -> Iterator[tuple[int, np.ndarray]]:
     """Encode chunks of any lengths: yields (index into `chunks`, its cache [L, 2, K, C, H]), batched by length.
 
-    The next batch is dispatched before the last one is handed out, so the caller's writing overlaps with computing.
+    The next batch is dispatched before the last one is handed out, so the caller's work overlaps with computing.
     """
-    pending = None
-    for batch in batches([len(c) for c in chunks], BATCH_TOKENS if how == "blocked" else BATCH_TOKENS_ACCELERATOR):
-        width = bucket(max(len(chunks[i]) for i in batch))
-        ids = np.zeros((len(batch), width), np.int32)
-        for row, i in enumerate(batch):
-            ids[row, : len(chunks[i])] = chunks[i]
-        kv = encode(params, cfg, ids, prefix, how)
-        for span in kv:
-            span.copy_to_host_async()
-        if pending is not None:
-            yield from _unpad(*pending)
-        pending = (chunks, batch, kv)
-    if pending is not None:
-        yield from _unpad(*pending)
+    split = batches([len(c) for c in chunks], batch_tokens(how))
+    for batch, fetches in ahead((b, start_batch(params, cfg, [chunks[i] for i in b], prefix, how)) for b in split):
+        for i, fetch in zip(batch, fetches, strict=True):
+            yield i, fetch()
+
+
+def ahead[T](started: Iterator[T]) -> Iterator[T]:
+    """The same items, each handed out when the next has been taken: where taking one starts it, two are under way."""
+    taken = list(itertools.islice(started, 1))
+    for following in started:
+        yield taken.pop()
+        taken.append(following)
+    yield from taken
+
+
+def start_batch(params: Params, cfg: ModelConfig, chunks: Sequence[Sequence[int]], prefix: np.ndarray, how: str
+                ) -> list[Fetch]:
+    """Start to encode chunks of one width bucket, and to copy their caches to the host: for each chunk a function, for
+    any thread, that waits for its cache [L, 2, K, C, H].
+
+    While its function is held, a cache, padded to the bucket, stays in pinned memory on a GPU, else on the device.
+    """
+    width = bucket(max(map(len, chunks)))
+    ids = np.zeros((len(chunks), width), np.int32)
+    for row, chunk in zip(ids, chunks, strict=True):
+        row[: len(chunk)] = chunk
+    caches = to_host(by_chunk(encode(params, cfg, ids, prefix, how)))
+    return [partial(_fetch, kv, len(chunk)) for kv, chunk in zip(caches, chunks, strict=True)]
+
+
+@jax.jit
+def by_chunk(spans: list[Float[Array, "B l 2 K C H"]]) -> tuple[Float[Array, "L 2 K C H"], ...]:
+    """Each chunk's spans one after another, so that the host needn't put them together."""
+    return jnp.unstack(jnp.concatenate(spans, 1))
+
+
+def to_host(caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Arrays whose copies to the host are under way: on a GPU into pinned memory, which NumPy then uses as it is."""
+    if uses_pinned(caches[0].sharding):
+        return jax.device_put(caches, caches[0].sharding.with_memory_kind("pinned_host"))
+    for kv in caches:
+        kv.copy_to_host_async()
+    return caches
+
+
+def _fetch(kv: Float[Array, "L 2 K C H"], tokens: int) -> Float[np.ndarray, "L 2 K C H"]:
+    return np.ascontiguousarray(np.asarray(kv)[:, :, :, :tokens])
+
+
+def batch_tokens(how: str) -> int:
+    """Rows of one compiled encoding where attention is computed by `how`."""
+    return BATCH_TOKENS if how == "blocked" else BATCH_TOKENS_ACCELERATOR
 
 
 def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> list[list[int]]:
@@ -110,9 +152,3 @@ def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> list[list[int]
             out.append(indices[:rows])
             indices = indices[rows:]
     return out
-
-
-def _unpad(chunks: Sequence[Sequence[int]], batch: list[int], kv: list[jax.Array]) -> Iterator[tuple[int, np.ndarray]]:
-    host = [np.asarray(span) for span in kv]
-    for row, i in enumerate(batch):
-        yield i, np.concatenate([span[row, :, :, :, : len(chunks[i])] for span in host])

@@ -1,10 +1,12 @@
 """Encoding: chunk caches don't depend on what they are batched with, nor on padding."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cacheclip_jax import encode
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.encode import BATCH_TOKENS, batches, encode_many, encode_prefix, no_prefix
 from cacheclip_jax.model.rope import rotate
@@ -21,6 +23,19 @@ def test_a_chunk_cache_does_not_depend_on_its_batch(qwen2):
         (_, alone), = encode_many(params, cfg, [chunk], prefix_kv)
         assert alone.shape == (cfg.num_layers, 2, cfg.num_kv_heads, len(chunk), cfg.head_dim)
         assert max_diff(alone, together[i]) < 1e-5
+
+
+def test_a_chunk_cache_is_the_same_by_way_of_pinned_memory(qwen2, monkeypatch):
+    cfg, params = qwen2
+    prefix, *chunks = random_prompt(cfg, (5, 30, 64))
+    prefix_kv = encode_prefix(params, cfg, list(prefix))
+    monkeypatch.setattr(encode, "uses_pinned", lambda sharding: False)
+    straight = dict(encode_many(params, cfg, chunks, prefix_kv))
+    monkeypatch.setattr(encode, "uses_pinned", lambda sharding: True)
+    (kv,) = encode.to_host((jax.device_put(straight[0]),))
+    assert kv.sharding.memory_kind == "pinned_host" and np.array_equal(np.asarray(kv), straight[0])
+    for i, kv in encode_many(params, cfg, chunks, prefix_kv):
+        assert np.array_equal(kv, straight[i])
 
 
 def test_keys_are_stored_before_rope_and_values_as_they_are(tiny):

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -146,17 +146,18 @@ class ChunkStore:
         passage_id: str,
         ids: Sequence[int],
         spans: Sequence[tuple[int, int]],
-        kv: Float[np.ndarray | jax.Array, "L 2 K C H"],
+        kv: Float[np.ndarray | jax.Array, "L 2 K C H"] | Callable[[], np.ndarray],
     ) -> bool:
         """Commits a chunk cache, K before RoPE at index 0 and V at 1; returns False if it was there already.
 
+        A `kv` that is a function is called for the array, by `write_async` in the background.
         Raises BadInput for an array of another shape or dtype than the space's, or with values that aren't
         finite.
         """
         if self.has(space, ids):
             return False
-        _check_kv(space, ids, spans, kv)
-        host = np.asarray(kv)
+        host = np.asarray(kv() if callable(kv) else kv)
+        _check_kv(space, ids, spans, host)
         _check_finite(passage_id, host)
         entry = Entry(
             space=space.key,
@@ -188,7 +189,7 @@ class ChunkStore:
         passage_id: str,
         ids: Sequence[int],
         spans: Sequence[tuple[int, int]],
-        kv: Float[np.ndarray | jax.Array, "L 2 K C H"],
+        kv: Float[np.ndarray | jax.Array, "L 2 K C H"] | Callable[[], np.ndarray],
     ) -> Future[bool]:
         """`write` in the background; blocks while several are under way, so that arrays don't pile up.
 
