@@ -67,8 +67,8 @@ class ChunkCaches:
         self.device: Tier[DeviceChunk] | None = None  # of recently used chunks on the device; the engine sets it
         self.format = prompt_format
         self.prefix_ids = prompt_format.prefix_ids(model.tokenizer)
+        self.lead_in_ids = prompt_format.lead_in_ids(model.tokenizer)
         self.pair: Sequence[ChunkCaches] = (self,)  # the models that share the store on purpose
-        self._prefix_kv: np.ndarray | None = None
         self._recent = lru_cache(maxsize=1024)(self._encoded)
         self.space = lru_cache(maxsize=2)(self._space)
         self.key = lru_cache(maxsize=4096)(self._key)
@@ -86,7 +86,7 @@ class ChunkCaches:
     def prompt(self, passages: Sequence[Passage], question: str) -> Prompt:
         """A request's ids for this model."""
         return Prompt(prefix=self.prefix_ids, chunks=tuple(self.encoded(p) for p in passages),
-                      question=self.format.question_ids(self.model.tokenizer, question))
+                      question=self.format.question_ids(self.model.tokenizer, question), lead_in=self.lead_in_ids)
 
     def encoded(self, passage: Passage) -> Encoded:
         """A passage's ids and spans. Raises BadInput when it is empty."""
@@ -98,18 +98,22 @@ class ChunkCaches:
         return self.format.chunk_ids(self.model.tokenizer, passage)
 
     def _space(self, behind: Behind) -> Space:
-        """The part of the store that holds this model's caches of chunks encoded behind the shared prefix, or alone."""
-        cfg = self.model.config
+        """The part of the store that holds this model's caches of chunks encoded behind the shared prefix and the
+        lead-in, or alone."""
+        cfg, before = self.model.config, (*self.prefix_ids, *self.lead_in_ids)
         return Space(model=self.model.fingerprint, model_name=self.model.name, dtype=self.dtype.name, kv=self.store.kv,
-                     prefix_ids=self.prefix_ids if behind == "shared" else (), num_layers=cfg.num_layers,
+                     prefix_ids=before if behind == "shared" else (), num_layers=cfg.num_layers,
                      num_kv_heads=cfg.num_kv_heads, head_dim=cfg.head_dim)
 
+    @cached_property
+    def _before_kv(self) -> np.ndarray:
+        """The cache of what chunks are encoded behind, once per process: the shared prefix's, then the lead-in's."""
+        return encode_prefix(self.model.params, self.model.config, (*self.prefix_ids, *self.lead_in_ids),
+                             self.model.attention.name)
+
     def prefix_kv(self) -> np.ndarray:
-        """The shared prefix's own cache [L, 2, K, P, H]: encoded once per process, a few dozen tokens."""
-        if self._prefix_kv is None:
-            self._prefix_kv = encode_prefix(self.model.params, self.model.config, self.prefix_ids,
-                                            self.model.attention.name)
-        return self._prefix_kv
+        """The shared prefix's own cache [L, 2, K, P, H]."""
+        return self._before_kv[:, :, :, : len(self.prefix_ids)]
 
     @cached_property
     def prefix_chunk(self) -> HostChunk:
@@ -136,7 +140,7 @@ class ChunkCaches:
 
     def start(self, batch: Sequence[Passage], behind: Behind) -> list[tuple[Passage, Fetch]]:
         """Start to encode one batch: each passage with what waits for its cache, see `start_batch`."""
-        prefix = self.prefix_kv() if behind == "shared" else no_prefix(self.model.params, self.model.config)
+        prefix = self._before_kv if behind == "shared" else no_prefix(self.model.params, self.model.config)
         ids = [self.encoded(p).ids for p in batch]
         fetches = start_batch(self.model.params, self.model.config, ids, prefix, self.model.attention.name)
         return list(zip(batch, fetches, strict=True))

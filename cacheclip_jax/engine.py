@@ -30,7 +30,7 @@ from cacheclip_jax.model.load import Model, load_model
 from cacheclip_jax.model.tokenizer import nfc
 from cacheclip_jax.online import execute, padded
 from cacheclip_jax.plan import Plan, Tail
-from cacheclip_jax.prompt import Prompt, PromptFormat
+from cacheclip_jax.prompt import LEAD_IN, Prompt, PromptFormat
 from cacheclip_jax.recompute import continuation_logits, recompute
 from cacheclip_jax.request import Request
 from cacheclip_jax.retrieve import Retriever
@@ -107,8 +107,9 @@ class CacheClip:
     def load(cls, primary: str | Path, aux: str | Path | None = None,
              store: str | Path | ChunkStore = "cacheclip-store", *, dtype: str = "bfloat16",
              aux_device: Literal["default", "cpu"] = "default", mesh: Mesh | None = None,
-             prompt_format: PromptFormat = PromptFormat(), max_context: int | None = None,  # noqa: B008
-             host_bytes: int = HOST_BYTES, device_bytes: int = 0, aux_adapter: str | Path | None = None) -> CacheClip:
+             prompt_format: PromptFormat = PromptFormat(lead_in=LEAD_IN),  # noqa: B008
+             max_context: int | None = None, host_bytes: int = HOST_BYTES, device_bytes: int = 0,
+             aux_adapter: str | Path | None = None) -> CacheClip:
         """Load both models and open (or make) a store.
 
         Args:

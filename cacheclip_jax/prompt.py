@@ -17,11 +17,33 @@ if TYPE_CHECKING:
     from cacheclip_jax.plan import Behind
 
 
+LEAD_IN_TOKENS = 256  # of a lead-in at most
+LEAD_IN = """The town library opens at nine and closes at six, except on Sundays, when the reading room is used for
+talks. Last spring a retired engineer spoke about bridges: how long they last, what the salt does to the
+bolts, and why the old ferry was kept for so many years after the first one was built. About forty people
+came.
+
+Bread needs flour, water, salt and time. A warm kitchen makes the dough rise within two hours; in winter it may take
+the whole night. Bakers judge it by touch, since clocks know nothing of yeast.
+
+In 1907 the company moved its workshop to the river, where coal was cheaper to bring. It made pumps, then engines, and
+later small turbines for mills in the hills. The last of them ran until 1964 and now stands in the museum's yard,
+beside the tram that used to climb to the upper station.
+
+Migrating birds rest on the northern shore in October. Counting them is done from two towers, early in the morning, by
+volunteers with telescopes. The numbers have fallen for ducks and risen for geese; nobody is sure of the reason, but
+milder winters in the east are thought to play a part.
+"""
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """The words around passages and question. `chunk` is part of what is encoded and cached, as are `system` and
     `instructions` (the shared prefix): changing one of them makes new caches.
 
+    lead_in: a text, of which the first LEAD_IN_TOKENS count, that stands between the shared prefix and a chunk while
+      the chunk is encoded, and in no prompt. So a chunk's caches are those of words in the middle of a context, as most
+      of them will be; the first chunk's then aren't exact any more. LEAD_IN is one for any purpose, "" is none.
     answer: the beginning of the answer, which the model goes on from.
     chat: whether prompts follow the model's chat template; else they are the texts alone, one after another.
     strip: whether white space around a question is dropped.
@@ -31,6 +53,7 @@ class PromptFormat:
     chunk: str = "{text}\n\n"
     question: str = "Question: {question}\nAnswer in one short sentence."
     system: str | None = None
+    lead_in: str = ""
     answer: str = ""
     chat: bool = True
     strip: bool = True
@@ -43,6 +66,10 @@ class PromptFormat:
     def prefix_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids of everything before the first chunk: chat header and instructions."""
         return tokenizer.encode(self._around(tokenizer, "?")[0], special=True).ids
+
+    def lead_in_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Ids of what stands between prefix and chunk while a chunk is encoded."""
+        return tokenizer.encode(nfc(self.lead_in)).ids[:LEAD_IN_TOKENS]
 
     def chunk_ids(self, tokenizer: Tokenizer, passage: Passage) -> Encoded:
         """A chunk's ids, tokenised alone, and the character spans of its formatted text."""
@@ -74,11 +101,13 @@ class PromptFormat:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request's ids for one model. Context tokens are the chunks' tokens; prefix and question are not counted."""
+    """A request's ids for one model. Context tokens are the chunks' tokens; prefix and question are not counted. The
+    lead-in belongs to how the chunks are encoded, not to what is read."""
 
     prefix: tuple[int, ...]
     chunks: tuple[Encoded, ...]
     question: tuple[int, ...]
+    lead_in: tuple[int, ...] = ()
 
     @cached_property
     def chunk_lengths(self) -> tuple[int, ...]:
@@ -105,9 +134,9 @@ class Prompt:
 
     def exact_tokens(self, behind: Behind) -> int:
         """Tokens from the beginning whose cached K and V are those of a full prefill: the prefix, and the first chunk
-        where it was encoded behind it."""
-        alone = behind == "none" and self.prefix
-        return len(self.prefix) + (0 if alone else self.chunk_lengths[0])
+        where it was encoded behind that and nothing else."""
+        alike = self.prefix == (self.prefix + self.lead_in if behind == "shared" else ())
+        return len(self.prefix) + (self.chunk_lengths[0] if alike else 0)
 
     @property
     def question_start(self) -> int:

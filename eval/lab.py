@@ -7,7 +7,7 @@ samples of a length, since a program takes longer to compile than a thousand ans
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -95,6 +95,11 @@ class Sides:
     aux: ResidentSide | None = None
     adapted: ResidentSide | None = None
 
+    def behind(self, lead_in: str) -> Sides:
+        """The same with chunks encoded behind a lead-in."""
+        return Sides(self.primary.behind(lead_in), self.aux and self.aux.behind(lead_in),
+                     self.adapted and self.adapted.behind(lead_in))
+
 
 def request(sides: Sides, adapted: bool = False) -> Request:
     """A request over a sample's caches, with the aux model or with the `adapted` one; its signals are computed once,
@@ -142,6 +147,11 @@ class ResidentSide:
     def __init__(self, model: Model, prompt: Prompt, slots: int):
         self.model, self.prompt, self.slots = model, prompt, slots
         self._feeds: dict[Behind, ResidentFeed] = {}
+
+    def behind(self, lead_in: str) -> ResidentSide:
+        """The same with chunks encoded behind a lead-in."""
+        ids = PromptFormat(lead_in=lead_in).lead_in_ids(self.model.tokenizer)
+        return ResidentSide(self.model, replace(self.prompt, lead_in=ids), self.slots)
 
     @property
     def sharding(self) -> Sharding:
@@ -199,15 +209,15 @@ def _placement(tokens: int, slots: int) -> Placement:
 def _encoded(model: Model, prompt: Prompt, behind: Behind, slots: int) -> list[Float[Array, "l R H"]]:
     """The caches of prefix and chunks in the order of their slots, for each span of layers.
 
-    A chunk behind the prefix is encoded as prefix and chunk in one sequence, so that no program depends on the prefix's
-    length; the prefix's own rows come from the first of them.
+    A chunk behind the prefix is encoded as prefix, lead-in and chunk in one sequence, so that no program depends on the
+    prefix's length; the prefix's own rows come from the first of them where there is no lead-in.
     """
-    head = prompt.prefix if behind == "shared" else ()
+    head = (*prompt.prefix, *prompt.lead_in) if behind == "shared" else ()
     sequences = [(*head, *c.ids) for c in prompt.chunks]
     starts = np.cumsum([len(prompt.prefix), *prompt.chunk_lengths])
     # (sequence, its first kept token, its first slot): what goes where.
     pieces = [(i, len(head), start) for i, start in enumerate(starts[:-1])]
-    if head:
+    if head and not prompt.lead_in:
         pieces[0] = (0, 0, 0)
     elif prompt.prefix:
         pieces.append((len(sequences), 0, 0))

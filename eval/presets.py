@@ -17,36 +17,45 @@ from eval.teacher import Teacher
 
 KINDS: dict[str, Any] = {**METHODS, Teacher.name: Teacher}
 ADAPTER = "adapter"  # CacheClip's preset with a finetuned aux model and its scoring, where a run names one
-# method -> preset -> settings. A method without a preset is as it comes.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"scoring": scoring} for name, scoring in SCORINGS.items()},
+    # The paper's second version, as far as known: of the best tokens, windows of 8 that hold at least 5 of them.
+    "paper-windows": {"scoring": SCORINGS["paper"], "grouping": Windows()},
+    "look-ahead": {"scoring": Scoring(look_ahead=8)},
+    "second-pass": {"scoring": Scoring(second_pass=0.1)},
+    "refined": {"scoring": Scoring(second_pass=0.1, look_ahead=8)},
+    "chunk-heads": {"heads_of_chunks": 8},
+    "no-prefix": {"prefix": "none"},
+    "no-discount": {"lead_in": True},
+}
+# Rivals with what helps them here too: chunks behind the shared prefix, or behind a lead-in as well.
+_CALIBRATED: dict[str, dict[str, Any]] = {
+    "shared": {"prefix": "shared"},
+    "lead-in": {"prefix": "shared", "lead_in": True},
+}
+# method -> preset -> settings; `lead_in` says how chunks are encoded. A method without a preset is as it comes.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "cacheclip": {
-        **{name: {"scoring": scoring} for name, scoring in SCORINGS.items()},
-        # The paper's second version, as far as known: of the best tokens, windows of 8 that hold at least 5 of them.
-        "paper-windows": {"scoring": SCORINGS["paper"], "grouping": Windows()},
-        "look-ahead": {"scoring": Scoring(look_ahead=8)},
-        "second-pass": {"scoring": Scoring(second_pass=0.1)},
-        "refined": {"scoring": Scoring(second_pass=0.1, look_ahead=8)},
-        "chunk-heads": {"heads_of_chunks": 8},
-        "no-prefix": {"prefix": "none"},
+        "lead-in": {"lead_in": True},  # the default of `CacheClip.load`
+        **{name: {"discount": 0.0, **settings} for name, settings in _SETTINGS.items()},
+        "discount": {},  # the same without a lead-in
     },
-    "naive": {"none": {"prefix": "none"}},
-    # Rivals with what helps them here too: chunks behind the shared prefix, groups of 8.
-    "prophetkv": {"shared": {"prefix": "shared", "grouping": Groups(8)}},
-    "cacheblend": {"shared": {"prefix": "shared"}},
-    "epic": {"shared": {"prefix": "shared"}},
-    "a3": {"shared": {"prefix": "shared"}},
+    "naive": {"none": {"prefix": "none"}, "lead-in": {"lead_in": True}},
+    "prophetkv": {name: {"grouping": Groups(8), **settings} for name, settings in _CALIBRATED.items()},
+    **{method: _CALIBRATED for method in ("cacheblend", "epic", "a3")},
 }
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A column of an evaluation: a configured method, what reports call it, and whether the finetuned aux model
-    scores for it, in place of the one that it was trained from."""
+    """A column of an evaluation: a configured method, what reports call it, whether the finetuned aux model scores for
+    it, in place of the one that it was trained from, and whether chunks are encoded behind a lead-in."""
 
     method: Method
     preset: str
     ratio: float | None
     adapted: bool = False
+    lead_in: bool = False
 
     def __str__(self) -> str:
         ratio = "" if self.ratio is None else f"{self.ratio:.0%}"
@@ -66,7 +75,8 @@ def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[En
     """The columns of a config's entry: {"method": name, "preset": name, "ratios": (...), "label": ..., settings...}.
 
     Settings go over the preset's; where a setting is an object (scoring, grouping, ranking, budget) a dict of its
-    fields will do: {"size": 16} are groups, with `density` sliding windows, with `longest` sentences. `label` is what
+    fields will do: {"size": 16} are groups, with `density` sliding windows, with `longest` sentences. `lead_in` says
+    whether chunks are encoded behind a lead-in. `label` is what
     reports call it, the preset's name by default. `adapter` is the scoring of CacheClip's preset "adapter". Raises
     BadInput for an unknown method, preset or setting, and for that preset without an adapter.
     """
@@ -79,20 +89,21 @@ def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[En
     if adapted and adapter is None:
         raise BadInput(f"the preset {ADAPTER} needs a finetuned aux model: name its directory as "
                        "aux_adapter")
-    named = {**PRESETS.get(name, {}), **({ADAPTER: {"scoring": adapter}} if adapted else {})}
+    named = {**PRESETS.get(name, {}), **({ADAPTER: {"scoring": adapter, "lead_in": True}} if adapted else {})}
     if preset and preset not in named:
         raise BadInput(f"{name} has no preset {preset!r}: choose one of {', '.join(named) or 'none'}")
     known = KINDS[name].__dataclass_fields__
     if ratios and "budget" not in known:
         raise BadInput(f"the method {name} recomputes a fixed share of the context: leave ratios out")
     settings = {**named.get(preset, {}), **given}
+    lead_in = settings.pop("lead_in", False)
     if ratios and "budget" in settings:
         raise BadInput(f"{name} {label}: give ratios or a budget, not both")
     try:
         settings = {key: _made(key, value) for key, value in settings.items()}
         budgets = [Budget(ratio=ratio) for ratio in ratios] or [settings.pop("budget", None)]
         return [Entry(KINDS[name](**settings) if budget is None else KINDS[name](budget=budget, **settings), label,
-                      None if budget is None else budget.ratio, adapted) for budget in budgets]
+                      None if budget is None else budget.ratio, adapted, lead_in) for budget in budgets]
     except TypeError as e:
         raise BadInput(f"{name} can't be made of {', '.join(settings)}: it has {', '.join(known)} ({e})") from None
 

@@ -1,5 +1,7 @@
 """The laboratory: chunk caches that stay on the device give what the engine gives from its store."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from cacheclip_jax.errors import BadInput, ContextTooLong
 from cacheclip_jax.methods import AuxGuided, CacheBlend, Full, Naive, Prefix, ProphetKV, SpecPrefill
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.online import execute
+from cacheclip_jax.prompt import LEAD_IN
 from cacheclip_jax.store import ChunkStore, Passage
 from eval.lab import Lab, format_of, frame_tokens, prompt_of, request
 from eval.tasks import Sample
@@ -30,8 +33,9 @@ def lab(long_pair) -> Lab:
     return Lab(*(load_model(path, dtype="float32") for path in long_pair))
 
 
-def engine(lab: Lab, asked: Sample) -> CacheClip:
-    return CacheClip(lab.primary, lab.aux, ChunkStore.open("memory://test-lab"), prompt_format=format_of(asked))
+def engine(lab: Lab, asked: Sample, lead_in: str = "") -> CacheClip:
+    return CacheClip(lab.primary, lab.aux, ChunkStore.open("memory://test-lab"),
+                     prompt_format=replace(format_of(asked), lead_in=lead_in))
 
 
 BARE = {"meta": {"chat": False}, "instructions": ""}  # a prompt without a prefix
@@ -55,6 +59,19 @@ def test_a_method_does_in_the_lab_what_it_does_in_the_engine(lab, method, change
     assert (plan.fetched(sides.primary.prompt.context_tokens).recompute == wanted.plan.recompute).all()
     assert max_diff(got.logits, wanted.logits) < 1e-3
     assert (int(got.tail.slot), int(got.tail.position)) == (int(wanted.tail.slot), len(wanted.prompt.ids))
+
+
+@pytest.mark.parametrize("method", [AuxGuided(Budget(ratio=0.1)), Naive(prefix="none"), Prefix()], ids=lambda m: m.name)
+@pytest.mark.parametrize("changes", [{}, BARE], ids=["prefix", "no-prefix"])
+def test_a_method_does_the_same_behind_a_lead_in(lab, method, changes):
+    asked = sample(**changes)
+    wanted = engine(lab, asked, LEAD_IN).prefill(asked.question, list(map(Passage.make, asked.context)), method=method)
+    over = request(lab.sides(asked, 2048, 8).behind(LEAD_IN))
+    plan = method.plan(over)
+    assert (plan.fetched(over.prompt.context_tokens).recompute == wanted.plan.recompute).all()
+    assert max_diff(execute(over, plan, method.caches).logits, wanted.logits) < 1e-3
+    plain = engine(lab, asked).prefill(asked.question, list(map(Passage.make, asked.context)), method=method)
+    assert (max_diff(wanted.logits, plain.logits) > 1e-2) == (method.name == "cacheclip")
 
 
 def test_the_lab_tells_methods_apart(lab):

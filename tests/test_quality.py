@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import jax
 import ml_collections
@@ -15,6 +16,7 @@ from cacheclip_jax import CacheClip
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.adapter import load_adapter, save_adapter
 from cacheclip_jax.model.load import load_model
+from cacheclip_jax.prompt import LEAD_IN
 from cacheclip_jax.store import Passage
 from configs.quality import ablations, adapter, defaults, presets, qa, ruler, smoke
 from eval.lab import adapter_of, format_of
@@ -26,7 +28,7 @@ from eval.samples import jobs, made, prepared, shard, starting_on_cpu
 from tests import samples
 from tests.test_adapter import random_adapter
 
-METHODS = ({"method": "naive"}, {"method": "cacheclip", "preset": "late", "ratios": (0.1, 0.3)})
+METHODS = ({"method": "naive"}, {"method": "cacheclip", "preset": "lead-in", "ratios": (0.1, 0.3)})
 COLUMNS = 4  # with full attention
 
 
@@ -49,6 +51,10 @@ def config(long_pair, data, tmp_path) -> ml_collections.ConfigDict:
         "tasks": ({"task": "squad", "data": "squad.json", "distractors": 3, "count": 2, "lengths": ()},
                   {"task": "kv", "name": "kv-short", "data": "kv.jsonl", "records": 8})})
     return config
+
+
+def behind_a_lead_in(sample):
+    return replace(format_of(sample), lead_in=LEAD_IN)
 
 
 def rows(path):
@@ -91,7 +97,7 @@ def test_answers_are_the_engines(whole, config):
     job = jobs(config.tasks, (), config.data, count=1, split=config.split, seed=0)[0]
     clip = CacheClip.load(config.primary, config.aux, "memory://test-quality", dtype="float32")
     for sample in made(job, config.primary, config.judged).samples:
-        clip = CacheClip(clip.primary.model, clip.aux.model, clip.store, prompt_format=format_of(sample))
+        clip = CacheClip(clip.primary.model, clip.aux.model, clip.store, prompt_format=behind_a_lead_in(sample))
         for method, ratio in (("full", None), ("cacheclip", 0.3)):
             answer = clip.ask(sample.question, list(map(Passage.make, sample.context)), method=method, ratio=ratio,
                               max_new_tokens=sample.max_new_tokens)
@@ -143,30 +149,30 @@ def test_a_finished_run_is_not_overwritten(whole, config):
 
 
 def test_a_report_can_be_written_of_it(whole, tmp_path):
-    assert "cacheclip late" in write([whole], tmp_path / "report")[1].read_text()
+    assert "cacheclip lead-in" in write([whole], tmp_path / "report")[1].read_text()
 
 
 def test_the_adapters_column_is_scored_by_the_finetuned_aux_and_others_are_not(whole, config, long_pair, tmp_path):
     aux = load_model(long_pair[1], dtype="float32")
     tuned = save_adapter(random_adapter(aux, size=2.0), tmp_path / "tuned")
     config.update({"aux_adapter": str(tuned), "tasks": config.tasks[:1], "methods": (
-        {"method": "cacheclip", "preset": "late", "ratios": (0.3,)},
+        {"method": "cacheclip", "preset": "lead-in", "ratios": (0.3,)},
         {"method": "cacheclip", "preset": "adapter", "ratios": (0.3,)}, {"method": "specprefill", "ratios": (0.3,)})})
     found = {(r.sample, r.method, r.preset): r for r in read_rows([run(config)])}
     assert {r.aux_adapter for r in found.values() if r.preset != "adapter"} == {""}
-    before = {r.sample: r for r in read_rows([whole]) if (r.preset, r.ratio, r.task) == ("late", 0.3, "squad")}
+    before = {r.sample: r for r in read_rows([whole]) if (r.preset, r.ratio, r.task) == ("lead-in", 0.3, "squad")}
     job = jobs(config.tasks, (), config.data, count=1, split=config.split, seed=0)[0]
     clip = CacheClip.load(config.primary, config.aux, "memory://test-adapter", dtype="float32", aux_adapter=tuned)
     for sample in made(job, config.primary, config.judged).samples:
-        assert found[sample.id, "cacheclip", "late"].answer_ids == before[sample.id].answer_ids
-        clip = CacheClip(clip.primary.model, aux, clip.store, prompt_format=format_of(sample),
+        assert found[sample.id, "cacheclip", "lead-in"].answer_ids == before[sample.id].answer_ids
+        clip = CacheClip(clip.primary.model, aux, clip.store, prompt_format=behind_a_lead_in(sample),
                          aux_adapter=load_adapter(tuned))
         answer = clip.ask(sample.question, list(map(Passage.make, sample.context)), ratio=0.3,
                           max_new_tokens=sample.max_new_tokens)
         row = found[sample.id, "cacheclip", "adapter"]
         assert (row.answer_ids, row.aux_adapter) == (answer.token_ids, "tuned")
-    kl = {preset: [found[s, "cacheclip", preset].kl for s in before] for preset in ("late", "adapter")}
-    assert kl["late"] != kl["adapter"]
+    kl = {preset: [found[s, "cacheclip", preset].kl for s in before] for preset in ("lead-in", "adapter")}
+    assert kl["lead-in"] != kl["adapter"]
 
 
 def test_a_run_is_not_gone_on_with_by_an_adapter_trained_again(config, long_pair, tmp_path):

@@ -1,5 +1,6 @@
 """CacheClip (arXiv 2510.10129): the aux model scores tokens, the best groups are recomputed."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,7 +19,8 @@ class AuxGuided(ByPrefix):
     """Recompute the groups of tokens that the aux model's attention ranks highest for the question.
 
     `heads_of_chunks` first tokens of every chunk are recomputed in any case, out of the same budget.
-    `discount` nats are subtracted from attention to context tokens whose cache is stale: log 2 lets them count half.
+    `discount` nats are subtracted from attention to context tokens whose cache is stale: log 2, the default, lets them
+    count half.
     `prefix` says behind what the primary's chunks were encoded; the aux model reads its own behind the shared prefix.
     """
 
@@ -27,7 +29,7 @@ class AuxGuided(ByPrefix):
     grouping: Grouping = field(default_factory=Groups)
     ranking: Ranking = field(default_factory=Ranking)
     heads_of_chunks: int = 0
-    discount: float = 0.0
+    discount: float = math.log(2)
     prefix: Behind = "shared"
     name: ClassVar[str] = "cacheclip"
 

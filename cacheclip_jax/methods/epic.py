@@ -39,7 +39,7 @@ class Epic(ByPrefix):
         prompt = request.prompt
         lengths = np.array(prompt.chunk_lengths)
         open_to_repair = lengths.copy()
-        if self.prefix == "shared" or not prompt.prefix:
+        if prompt.exact_tokens(self.prefix) > len(prompt.prefix):
             open_to_repair[0] = 0
         if self.budget is None:
             heads = np.minimum(open_to_repair, self.tokens)

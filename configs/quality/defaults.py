@@ -45,20 +45,21 @@ def of_half(run: str, split: str) -> ml_collections.ConfigDict:
     return config
 
 
-CACHECLIP = ("late", "look-ahead", "chunk-heads", "no-prefix", "paper")
+CACHECLIP = ("lead-in", "no-discount", "late", "paper")
 RIVALS = ("cacheblend", "epic", "prophetkv", "fusionrag", "a3", "specprefill", "oracle")
-RIVALS_BEHIND_THE_PREFIX = ("cacheblend", "epic", "prophetkv")
+CALIBRATED_RIVALS = (("prophetkv", "shared"), ("prophetkv", "lead-in"), ("cacheblend", "lead-in"), ("epic", "lead-in"))
 
 
 def methods(ratios: Sequence[float]) -> tuple[dict[str, Any], ...]:
     """Every method, those that take one at each ratio, CacheClip and ProphetKV at 2% besides."""
     at = {"ratios": tuple(ratios)}
     return (
-        {"method": "prefix"}, {"method": "naive"}, {"method": "naive", "preset": "none"}, {"method": "ape"},
+        {"method": "prefix"}, *({"method": "naive", "preset": preset} for preset in ("", "none", "lead-in")),
+        {"method": "ape"},
         {"method": "random", **at},
         *({"method": "cacheclip", "preset": preset, **at} for preset in CACHECLIP),
         *({"method": name, **at} for name in RIVALS),
-        *({"method": name, "preset": "shared", **at} for name in RIVALS_BEHIND_THE_PREFIX),
+        *({"method": name, "preset": preset, **at} for name, preset in CALIBRATED_RIVALS),
         *({"method": name, "preset": preset, "ratios": (0.02,)}
-          for name, preset in (("cacheclip", "late"), ("prophetkv", ""))),
+          for name, preset in (("cacheclip", "lead-in"), ("prophetkv", ""))),
     )

@@ -1,10 +1,9 @@
-"""Which settings CacheClip's default preset should have: candidates at 5 and 10%, on the tuning half, at 8k.
+"""Which settings CacheClip's default preset should have: candidates at 5, 10 and 20%, on the tuning half, at 8k.
 
     python -m eval.quality --config=configs/quality/presets.py --config.data=DIR
     python -m eval.report runs/presets*.jsonl --out results/presets
 
-The two ProphetKV columns, which use the primary's own attention, and the oracles, which know full prefill, say what
-there is to reach.
+SpecPrefill, which drops tokens, and the oracle, which knows full prefill's attention, say what else there is to reach.
 """
 
 from typing import Any
@@ -13,23 +12,18 @@ import ml_collections
 
 from configs.quality import ablations, defaults
 
-RATIOS = (0.05, 0.1)
+RATIOS = (0.05, 0.1, 0.2)
+DISCOUNTS = (0.35, 0.7, 1.4)  # nats; stale tokens count 0.7, 0.5 and 0.25 times
+LED = {"lead_in": True, "discount": 0.7}
 SETTINGS: dict[str, dict[str, Any]] = {
     "late": {},
-    "look-ahead": {"scoring": {"look_ahead": 8}},
-    "look-ahead max": {"scoring": {"look_ahead": 8, "drafts": "max"}},
-    "values": {"scoring": {"values": True}},
-    "rows 4": {"scoring": {"rows": 4}},
-    "layers all": {"scoring": {"layers": "all"}},
-    "joint": {"scoring": {"context": "joint"}},
-    "smooth 5": {"ranking": {"smooth": 5}},
-    "smooth 13": {"ranking": {"smooth": 13}},
-    "chunk power 0.5": {"ranking": {"chunk_power": 0.5}},
-    "groups 16": {"grouping": {"size": 16}},
-    "sentences": {"grouping": {"longest": 32}},
-    **{f"heads of chunks {tokens}": {"heads_of_chunks": tokens} for tokens in (4, 8)},
-    "prefix none": {"prefix": "none"},
-    "heads of chunks 8, prefix none": {"heads_of_chunks": 8, "prefix": "none"},
+    **{f"discount {nats}": {"discount": nats} for nats in (*DISCOUNTS, 2.8)},
+    "lead-in": {"lead_in": True},
+    **{f"lead-in, discount {nats}": {"lead_in": True, "discount": nats} for nats in DISCOUNTS},
+    "lead-in, discount 0.7, rows 4": {**LED, "scoring": {"rows": 4}},
+    "lead-in, discount 0.7, sentences": {**LED, "grouping": {"longest": 64}},
+    "lead-in, discount 0.7, smooth groups of 32": {**LED, "grouping": {"size": 32}, "ranking": {"smooth": 13}},
+    "lead-in, discount 0.7, heads of chunks 8": {**LED, "heads_of_chunks": 8},
 }
 TEXT = {"data": defaults.TEXT}
 
@@ -44,12 +38,9 @@ def get_config() -> ml_collections.ConfigDict:
                   {"task": "qa_2", "data": defaults.HOTPOT},
                   {"task": "nq", "name": "nq_20", "distractors": 20, "lengths": (), **TEXT},
                   {"task": "hotpotqa", "data": defaults.HOTPOT, "lengths": ()}),
-        "methods": ({"method": "naive"}, {"method": "naive", "preset": "none"},
+        "methods": ({"method": "naive"}, {"method": "naive", "preset": "lead-in"},
                     *({**ablations.variant(label, **settings), "ratios": RATIOS}
                       for label, settings in SETTINGS.items()),
-                    *({"method": "prophetkv", "preset": preset, "ratios": RATIOS} for preset in ("", "shared")),
-                    *({"method": "teacher", "label": target, "target": target, "ratios": RATIOS}
-                      for target in ("attention", "deviation")),  # "influence" takes gradients through every row
-                    {"method": "oracle", "ratios": RATIOS}, {"method": "random", "ratios": RATIOS}),
+                    *({"method": name, "ratios": RATIOS} for name in ("specprefill", "oracle"))),
     })
     return config
