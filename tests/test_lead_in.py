@@ -17,14 +17,14 @@ CHUNKS = list(map(Passage.make, TEXTS[:4]))
 
 
 @pytest.fixture(scope="module")
-def led(models) -> CacheClip:  # noqa: F811
+def led(models) -> CacheClip:
     clip = engine(models, ChunkStore.open("memory://test-lead-in"), prompt_format=PromptFormat(lead_in=SHORT))
     clip.index(CHUNKS)
     return clip
 
 
 @pytest.fixture(scope="module")
-def plain(models) -> CacheClip:  # noqa: F811
+def plain(models) -> CacheClip:
     return engine(models, ChunkStore.open("memory://test-lead-in-plain"))
 
 
@@ -61,7 +61,7 @@ def test_the_prefix_method_recomputes_the_first_chunk_only_behind_a_lead_in(led,
     assert not plain.prefill(QUESTION, CHUNKS, method="prefix").plan.recompute[:first].any()
 
 
-def test_caches_behind_another_lead_in_are_others(led, models):  # noqa: F811
+def test_caches_behind_another_lead_in_are_others(led, models):
     assert ask(led, method="naive", max_new_tokens=1).misses == 0
     other = engine(models, led.store)
     result = ask(other, method="naive", max_new_tokens=1)
