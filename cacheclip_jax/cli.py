@@ -32,6 +32,7 @@ from cacheclip_jax.cli_options import (
     DtypeOption,
     JsonOption,
     KvOption,
+    LeadInOption,
     PrimaryOption,
     StoreOption,
     open_store,
@@ -138,12 +139,12 @@ def index(sources: Annotated[list[str], typer.Argument(help="Files, folders, .js
           replace: Annotated[bool, typer.Option("--replace", help="Passages take the place of what was indexed before "
                                                 "under the same document name, for readers in one step.")] = False,
           kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", aux_adapter: AdapterOption = None,
-          as_json: JsonOption = False) -> None:
+          lead_in: LeadInOption = True, as_json: JsonOption = False) -> None:
     """Split documents into passages and store their caches. Run again after an interruption: it resumes."""
     from cacheclip_jax.documents import read_documents
     documents = list(read_documents(sources))
     _refuse_empty(documents, sources)
-    clip = load(primary, aux, store, dtype, kv, aux_adapter)
+    clip = load(primary, aux, store, dtype, kv, aux_adapter, lead_in)
     report = index_with_progress(clip, documents, chunk_tokens, overlap, replace)
     clip.store.flush()
     if as_json:
@@ -195,7 +196,8 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
         compare: Annotated[bool, typer.Option("--compare", help="Run full prefill too; both warmed up first.")] = False,
         explain: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page that marks what was "
                                                      "recomputed.")] = None,
-        kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", as_json: JsonOption = False) -> None:
+        kv: KvOption = "exact", dtype: DtypeOption = "bfloat16", lead_in: LeadInOption = True,
+        as_json: JsonOption = False) -> None:
     """Answer a question from stored passages."""
     from cacheclip_jax.decode import Sampling
     from cacheclip_jax.explain import write_explain_page
@@ -206,7 +208,7 @@ def ask(question: Annotated[str, typer.Argument(help="The question.")],
     sampling = Sampling(temperature, top_k, top_p, seed)
     open_store(store)  # an answer needs a store that is there: loading would make one
     clip = load(primary, aux if method in NEED_AUX else "none", store, dtype, kv,
-                aux_adapter if method == "cacheclip" else None)
+                aux_adapter if method == "cacheclip" else None, lead_in)
     # Found once, so that both methods of a comparison read the same passages.
     chunks = [clip.store.passage(c) for c in chunk] if chunk else clip.retrieve(question, passages)
     options: dict[str, Any] = dict(sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [])
@@ -280,7 +282,8 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
            chunk_tokens: int = 128,
            max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence that passes, in nats.")] = 0.2,
            min_agreement: Annotated[float, typer.Option(help="Smallest top-1 agreement that passes.")] = 0.75,
-           kv: KvOption = "exact", dtype: DtypeOption = "float32", as_json: JsonOption = False) -> None:
+           kv: KvOption = "exact", dtype: DtypeOption = "float32", lead_in: LeadInOption = True,
+           as_json: JsonOption = False) -> None:
     """The correctness gate for a model pair, on your own text; exits with 1 when a check fails."""
     from cacheclip_jax.demo import CORPUS
     from cacheclip_jax.documents import read_documents, split
@@ -289,7 +292,7 @@ def verify(sources: Annotated[list[str] | None, typer.Argument(help="Your own te
     documents = list(read_documents(sources or [str(CORPUS)]))
     _refuse_empty(documents, sources or [])
     method = configured_method("cacheclip", ratio, None, None, scoring)
-    clip = load(primary, aux, f"memory://verify-{kv}", dtype, kv)
+    clip = load(primary, aux, f"memory://verify-{kv}", dtype, kv, lead_in=lead_in)
     pieces = [p for d in documents for p in split(d, clip.primary.model.tokenizer, chunk_tokens)]
     chosen = Retriever(pieces).top(question, passages)
     checks = run_checks(clip, question, chosen, method=method, max_kl=max_kl, min_agreement=min_agreement)
@@ -319,17 +322,20 @@ def demo(store: Annotated[str, typer.Option(help="Where the demo keeps its chunk
 
 # -------------------------------------------------------------------- shared
 
-def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact", aux_adapter: Path | None = None):
+def load(primary: str, aux: str, store: str, dtype: str, kv: str = "exact", aux_adapter: Path | None = None,
+         lead_in: bool = True):
     """A CacheClip for a command's options; known models are pulled when they aren't there yet."""
     from cacheclip_jax.engine import CacheClip
     from cacheclip_jax.model.pull import MODELS
+    from cacheclip_jax.prompt import LEAD_IN, PromptFormat
     opened = open_store(store, create=True, kv=kv)
     aux_name = None if aux == "none" else aux
     for name in (primary, aux_name):
         if name in MODELS:
             pull_with_progress(name)
     with err.status("loading models") if err.is_terminal else nullcontext():
-        return CacheClip.load(primary, aux_name, opened, dtype=dtype, aux_adapter=aux_adapter)
+        return CacheClip.load(primary, aux_name, opened, dtype=dtype, aux_adapter=aux_adapter,
+                              prompt_format=PromptFormat(lead_in=LEAD_IN if lead_in else ""))
 
 
 def _refuse_empty(documents, sources: list[str]) -> None:

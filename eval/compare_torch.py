@@ -111,7 +111,7 @@ class Torch:
 
     def assemble(self, prompt: Any, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Prefix once, then every chunk, at their positions in the prompt; room for the question after them."""
-        behind = prompt.prefix if prefix == "shared" else ()
+        behind = (*prompt.prefix, *prompt.lead_in) if prefix == "shared" else ()
         parts = [self.encode(prompt.prefix), *(self.encode(chunk.ids, behind) for chunk in prompt.chunks)]
         return self._laid_out([keys for keys, _ in parts], [values for _, values in parts], len(prompt.question))
 
@@ -268,7 +268,7 @@ class Comparison:
         """Aux scores on the aux's tokens, on the primary's, and the logits after what they select."""
         lengths = None
         for name, scoring in SCORINGS.items():
-            method = AuxGuided(Budget(ratio=RATIO), scoring)
+            method = AuxGuided(Budget(ratio=RATIO), scoring, discount=0.0)
             own = self.aux_clip.prefill(self.question, texts, method=method)
             theirs = self.aux_torch.score(own.prompt, scoring)
             self.add(f"scores: {name}", len(texts), "shared", "", own.plan.scores, theirs, self.exact)
@@ -307,8 +307,8 @@ class Comparison:
         # A character of several bytes may be several tokens of one model and one of the other: no score is lost or
         # counted twice. Where in the chunk it goes is a matter of taste, by bytes or by characters.
         texts = [*ODD_CHUNKS, *texts]
-        own = self.aux_clip.prefill(self.question, texts, method=AuxGuided())
-        prefill = self.clip.prefill(self.question, texts, method=AuxGuided())
+        own = self.aux_clip.prefill(self.question, texts, method=AuxGuided(discount=0.0))
+        prefill = self.clip.prefill(self.question, texts, method=AuxGuided(discount=0.0))
         theirs = self.aux_torch.score(own.prompt, Scoring())
         self.add("score of each chunk", len(texts), "shared", "",
                  [part.sum() for part in by_chunk(np.asarray(prefill.plan.scores), prefill.prompt)],

@@ -61,6 +61,17 @@ def test_index_reports_what_it_made(indexed):
     assert documents == CORPUS
 
 
+def test_a_store_indexed_without_a_lead_in_is_asked_without_one(models, tmp_path):
+    write_corpus(tmp_path / "folder")
+    options = ("--store", tmp_path / "store", *models)
+    made = cacheclip("index", tmp_path / "folder", *options, "--no-lead-in", "--json").json
+    assert made["encoded"] == 2 * len(CORPUS)
+    plain = cacheclip("ask", QUESTION, *options, "--no-lead-in", "--json").json["results"]["cacheclip"]
+    assert plain["misses"] == 0 and not plain["warnings"]
+    led = cacheclip("ask", QUESTION, *options, "--json").json["results"]["cacheclip"]
+    assert led["misses"] > 0 and "the prefix" in led["warnings"][0]
+
+
 def test_index_takes_files_folders_jsonl_and_stdin_and_again_makes_nothing_new(models, tmp_path):
     write_corpus(tmp_path / "folder")
     (tmp_path / "folder" / ".hidden.txt").write_text("hidden")

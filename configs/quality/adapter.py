@@ -23,6 +23,7 @@ def get_config(tasks: str = "qa") -> ml_collections.ConfigDict:
     config.update({
         "run": f"adapter-{tasks}", "out": f"runs/adapter-{tasks}.jsonl", "aux_adapter": str(ADAPTER),
         "methods": ({"method": "naive"},
-                    *({"method": "cacheclip", "preset": preset, "ratios": RATIOS} for preset in ("late", "adapter"))),
+                    *({"method": "cacheclip", "preset": preset, "ratios": RATIOS}
+                      for preset in ("lead-in", "adapter"))),
     })
     return config

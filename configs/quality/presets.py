@@ -1,6 +1,7 @@
 """Which settings CacheClip's default preset should have: candidates at 5, 10 and 20%, on the tuning half, at 8k.
 
     python -m eval.quality --config=configs/quality/presets.py --config.data=DIR
+    python -m eval.quality --config=configs/quality/presets.py:discounts --config.data=DIR  # without a lead-in
     python -m eval.report runs/presets*.jsonl --out results/presets
 
 SpecPrefill, which drops tokens, and the oracle, which knows full prefill's attention, say what else there is to reach.
@@ -10,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.quality import ablations, defaults
+from configs.quality import ablations, defaults, qa, ruler
 
 RATIOS = (0.05, 0.1, 0.2)
 DISCOUNTS = (0.35, 0.7, 1.4)  # nats; stale tokens count 0.7, 0.5 and 0.25 times
@@ -18,7 +19,7 @@ LED = {"lead_in": True, "discount": 0.7}
 SETTINGS: dict[str, dict[str, Any]] = {
     "late": {},
     **{f"discount {nats}": {"discount": nats} for nats in (*DISCOUNTS, 2.8)},
-    "lead-in": {"lead_in": True},
+    "lead-in, no discount": {"lead_in": True},
     **{f"lead-in, discount {nats}": {"lead_in": True, "discount": nats} for nats in DISCOUNTS},
     "lead-in, discount 0.7, rows 4": {**LED, "scoring": {"rows": 4}},
     "lead-in, discount 0.7, sentences": {**LED, "grouping": {"longest": 64}},
@@ -28,8 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TEXT = {"data": defaults.TEXT}
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Ten samples of each of eleven tasks."""
+def get_config(which: str = "candidates") -> ml_collections.ConfigDict:
+    """Ten samples of each of eleven tasks; `discounts`: twenty of each of fifteen, by few methods."""
+    if which == "discounts":
+        return discounts()
     config = defaults.base()
     config.update({
         "run": "presets", "out": "runs/presets.jsonl", "split": "tune", "lengths": (8192,), "count": 10,
@@ -41,6 +44,21 @@ def get_config() -> ml_collections.ConfigDict:
         "methods": ({"method": "naive"}, {"method": "naive", "preset": "lead-in"},
                     *({**ablations.variant(label, **settings), "ratios": RATIOS}
                       for label, settings in SETTINGS.items()),
+                    *({"method": name, "ratios": RATIOS} for name in ("specprefill", "oracle"))),
+    })
+    return config
+
+
+def discounts() -> ml_collections.ConfigDict:
+    """How much stale tokens should count where there is no lead-in."""
+    config, other = ruler.get_config("tune"), qa.get_config("tune")
+    config.update({
+        "run": "presets-discounts", "out": "runs/presets-discounts.jsonl", "lengths": (8192,), "count": 20,
+        "tasks": tuple(task for task in config.tasks if task not in ("niah_single_1", "cwe")) + tuple(
+            {**task, "lengths": (), "count": 20} for task in other.tasks if task["task"] != "kv"),
+        "methods": ({"method": "naive"}, {**ablations.variant("late"), "ratios": RATIOS},
+                    *({**ablations.variant(f"discount {nats:g}", discount=nats), "ratios": RATIOS}
+                      for nats in (0.5, 1.0, 2.0, 4.0, 60.0)),
                     *({"method": name, "ratios": RATIOS} for name in ("specprefill", "oracle"))),
     })
     return config
