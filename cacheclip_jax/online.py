@@ -5,7 +5,6 @@ Programs are dispatched a few layers each and the device runs behind: nothing he
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,7 @@ from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.model.load import Model
-from cacheclip_jax.plan import Behind, Caches, Plan, Tail
+from cacheclip_jax.plan import Behind, Caches, Context, Plan, Tail
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import (
     SPAN,
@@ -56,7 +55,7 @@ def execute(request: Request, plan: Plan, behind: Caches) -> Repaired:
     if plan.drop:
         return _prefill_kept(side, plan)
     if behind is None:
-        return Repaired(*prefill(side), Tail.at(np.int32(end), np.int32(end)))
+        return Repaired(*prefill(side), Tail(np.int32(end), np.int32(end)))
     return _repair(request, plan, behind)
 
 
@@ -72,7 +71,8 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
     if plan.reshape is not None:
         positions = parallel_positions(prompt, side.slots)
         at = jax.device_put(positions, side.sharding)
-        tail = Tail.at(end, positions[end], (len(prompt.prefix), prompt.question_start), plan.reshape)
+        context = Context.of(len(prompt.prefix), prompt.question_start, plan.reshape)
+        tail = Tail(end, positions[end], context=context)
     x, slots, last = _chosen(side, plan, len(prompt.question))
     side.watch("select", slots, "score")
     done: list[LayerCache] = []
@@ -93,10 +93,8 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
     side.watch("load", rows)
     logits = last_logits(model.params.outer, cfg, x, last)
     feed.computed(logits)
-    tail = tail or Tail.at(end, end)
-    if plan.discount is not None:
-        tail = dataclasses.replace(tail, bias=bias_of(plan.discount, slots, side.slots))
-    return Repaired(logits, KVCache(*zip(*done, strict=True)), tail)
+    bias = None if plan.discount is None else bias_of(plan.discount, slots, side.slots)
+    return Repaired(logits, KVCache(*zip(*done, strict=True)), tail or Tail(end, end, bias))
 
 
 def _prefill_kept(side: Side, plan: Plan) -> Repaired:
@@ -110,7 +108,7 @@ def _prefill_kept(side: Side, plan: Plan) -> Repaired:
                                model.attention.name, positions)
         done += layers
     return Repaired(last_logits(model.params.outer, cfg, x, last), KVCache(*zip(*done, strict=True)),
-                    Tail.at(last + 1, np.int32(len(prompt.ids))))
+                    Tail(last + 1, np.int32(len(prompt.ids))))
 
 
 def _chosen(side: Side, plan: Plan, besides: int, with_prefix: bool = False) -> tuple[Rows, jax.Array, jax.Array]:

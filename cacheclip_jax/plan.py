@@ -107,28 +107,37 @@ class Plan:
 
 
 @struct.dataclass
-class Tail:
-    """Where a cache ends, and how tokens behind it attend; all of it arrays, so that one program decodes every kind.
+class Context:
+    """The slots from `start` to `end`, attention to which is reshaped (see `Reshape`)."""
 
-    The next token's K and V go to `slot`, rotated to `position`; later tokens follow in both. The slots from
-    `context_start` to `context_end` are the context whose attention is reshaped (see `Reshape`). `bias` is what a
-    discount adds to each slot's logits.
+    start: Int[Any, ""]
+    end: Int[Any, ""]
+    temperature: Float[Any, ""]
+    scale: Float[Any, ""]
+
+    @classmethod
+    def of(cls, start: int, end: int, reshape: Reshape) -> Context:
+        """The slots and how they are reshaped, as arrays."""
+        return cls(np.int32(start), np.int32(end), np.float32(reshape.temperature), np.float32(reshape.scale))
+
+
+@struct.dataclass
+class Tail:
+    """Where a cache ends, and how tokens behind it attend.
+
+    The next token's K and V go to `slot`, rotated to `position`; later tokens follow in both. `bias` is what a discount
+    adds to each slot's logits, `context` what is reshaped; None where there is none.
     """
 
     slot: Int[Any, ""]
     position: Int[Any, ""]
-    context_start: Int[Any, ""]
-    context_end: Int[Any, ""]
-    temperature: Float[Any, ""]
-    scale: Float[Any, ""]
     bias: Float[Any, "S"] | None = None
+    context: Context | None = None
 
-    @classmethod
-    def at(cls, slot: Any, position: Any, context: tuple[int, int] = (0, 0), reshape: Reshape = Reshape(1.0, 1.0)
-           ) -> Tail:
-        """A tail from `slot` on; without a reshaped context by default."""
-        return cls(slot, position, np.int32(context[0]), np.int32(context[1]), np.float32(reshape.temperature),
-                   np.float32(reshape.scale))
+    def whole(self, slots: int) -> Tail:
+        """The same with every part there, so that tails of all kinds are one kind of pytree."""
+        return Tail(self.slot, self.position, np.zeros(slots, np.float32) if self.bias is None else self.bias,
+                    self.context or Context.of(0, 0, Reshape(1.0, 1.0)))
 
     def positions(self, slots: Int[Array, "T"]) -> Int[Array, "T"]:
         """The positions of tokens in slots behind the cache; padding (slot -1) stays -1."""

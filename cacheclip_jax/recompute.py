@@ -70,8 +70,9 @@ def reuse_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, slots: Int[
 def _attention(q: Float[Array, "T N H"], kv: LayerCache, slots: Int[Array, "T"], how: str, tail: Tail | None,
                bias: Float[Array, "S"] | None = None) -> Float[Array, "T N H"]:
     with jax.named_scope("attention"):
-        if tail is not None:
-            return reshaped(q, *kv, slots, tail)
+        bias = bias if tail is None else tail.bias
+        if tail is not None and tail.context is not None:
+            return reshaped(q, *kv, slots, tail.context, bias)
         return row_attention(q, *kv, slots, for_rows(how, len(q)), bias)
 
 

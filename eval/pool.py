@@ -63,10 +63,7 @@ class Pool[T]:
         assert self._batch is not None
         self._batch = put(self._batch, repaired.cache, np.int32(len(self._tags)))
         self._tags.append(tag)
-        tail = repaired.tail
-        if tail.bias is None:  # one program for all
-            tail = dataclasses.replace(tail, bias=np.zeros(slots, np.float32))
-        start = Start(repaired.logits, tail, np.int32(limit), reference)
+        start = Start(repaired.logits, repaired.tail.whole(slots), np.int32(limit), reference)
         # All on the device: a mixture would be another program for every order in which methods come.
         self._starts.append(jax.device_put(start, self._sharding))
         self._masks.append(mask)

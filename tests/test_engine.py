@@ -94,6 +94,12 @@ def test_a_store_made_otherwise_is_a_miss_and_the_warning_says_which_part_differ
     assert (again.hits, again.misses, again.warnings) == (4, 0, ())
 
 
+@pytest.mark.parametrize("method", ["cacheclip", "prophetkv", "full"])
+def test_answers_decode_in_bfloat16_too(pair, method):
+    clip = CacheClip.load(*pair, "memory://test-engine-bfloat16", dtype="bfloat16", prompt_format=PromptFormat())
+    assert len(ask(clip, method=method).token_ids) > 1
+
+
 def test_a_model_that_scores_for_itself_shares_its_caches(models):
     alone = CacheClip(models[0], models[0], ChunkStore.open("memory://test-engine-own-aux"))
     report = alone.index(map(Passage.make, TEXTS[:4]))

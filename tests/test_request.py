@@ -18,7 +18,7 @@ from cacheclip_jax.methods import AuxGuided
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.rope import rotate
 from cacheclip_jax.online import execute, parallel_positions
-from cacheclip_jax.plan import Discount, Plan, Reshape, Tail
+from cacheclip_jax.plan import Context, Discount, Plan, Reshape
 from cacheclip_jax.recompute import continuation_logits, rows_over_cached
 from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import Budget, select
@@ -298,10 +298,11 @@ def test_reshaping_by_one_and_one_is_row_attention(T):
     q = rng.standard_normal((T, cfg.num_heads, cfg.head_dim), np.float32)
     k, v = rng.standard_normal((2, cfg.num_kv_heads, 90, cfg.head_dim), np.float32)
     slots = np.append(np.arange(20, 20 + T - T // 5), np.full(T // 5, -1)).astype(np.int32)
-    expected = row_attention_reference(q, k, v, slots)
     for between in ((0, 0), (3, 17)):
-        tail = Tail.at(np.int32(80), np.int32(80), between, Reshape(1.0, 1.0))
-        assert max_diff(reshaped(q, k, v, slots, tail), expected) < 1e-5
+        context = Context.of(*between, Reshape(1.0, 1.0))
+        for bias in (None, np.linspace(-3, 1, 90, dtype=np.float32)):
+            expected = row_attention_reference(q, k, v, slots, bias)
+            assert max_diff(reshaped(q, k, v, slots, context, bias), expected) < 1e-5
 
 
 @pytest.mark.parametrize("wrong", [dict(temperature=0.0), dict(scale=-1.0), dict(scale=float("inf"))], ids=str)
