@@ -67,7 +67,8 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
     if isinstance(plan.recompute, np.ndarray):
         wanted = [not m.all() for m in np.split(plan.recompute, np.cumsum(prompt.chunk_lengths)[:-1])]
     feed = request.feed(behind, wanted)
-    at, tail, end = None, None, np.int32(len(prompt.ids))
+    at, end = None, np.int32(len(prompt.ids))
+    tail = Tail(end, end)
     if plan.reshape is not None:
         positions = parallel_positions(prompt, side.slots)
         at = jax.device_put(positions, side.sharding)
@@ -86,15 +87,16 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
         first = max(len(done) - block.start, 0)
         if first < len(block):
             x, layers = reuse_span(x, model.params.layers[block.start + first : block.stop], cfg, slots, rows,
-                                   feed.where, how, first, at, tail, plan.discount)
+                                   feed.where, how, first, at, tail.context, plan.discount)
             done += layers
         if number < len(feed.blocks) - 1:
             feed.computed(done[-1][0])
     side.watch("load", rows)
     logits = last_logits(model.params.outer, cfg, x, last)
     feed.computed(logits)
-    bias = None if plan.discount is None else bias_of(plan.discount, slots, side.slots)
-    return Repaired(logits, KVCache(*zip(*done, strict=True)), tail or Tail(end, end, bias))
+    if plan.discount is not None:
+        tail = Tail(end, end, bias_of(plan.discount, slots, side.slots))
+    return Repaired(logits, KVCache(*zip(*done, strict=True)), tail)
 
 
 def _prefill_kept(side: Side, plan: Plan) -> Repaired:

@@ -135,8 +135,8 @@ class Prompt:
     def exact_tokens(self, behind: Behind) -> int:
         """Tokens from the beginning whose cached K and V are those of a full prefill: the prefix, and the first chunk
         where it was encoded behind that and nothing else."""
-        alike = self.prefix == (self.prefix + self.lead_in if behind == "shared" else ())
-        return len(self.prefix) + (self.chunk_lengths[0] if alike else 0)
+        differs = self.lead_in if behind == "shared" else self.prefix
+        return len(self.prefix) + (0 if differs else self.chunk_lengths[0])
 
     @property
     def question_start(self) -> int:

@@ -20,7 +20,7 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
-from cacheclip_jax.plan import Discount, Tail
+from cacheclip_jax.plan import Context, Discount, Tail
 from cacheclip_jax.select import Best, select_groups
 
 SPAN = 2  # layers of a program where nothing else decides: all at once take several times as long to compile on a CPU
@@ -53,26 +53,25 @@ def best_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], sco
 @partial(jax.jit, static_argnames=("cfg", "how", "first"), donate_argnames="x")
 def reuse_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, slots: Int[Array, "T"],
                rows: Float[Array, "B R H"], where: Placement, how: str = "blocked", first: int = 0,
-               at: Int[Array, "S"] | None = None, tail: Tail | None = None, discount: Discount | None = None
+               at: Int[Array, "S"] | None = None, context: Context | None = None, discount: Discount | None = None
                ) -> tuple[Rows, tuple[LayerCache, ...]]:
     """A span of layers over chunk caches just loaded, from the block's layer `first` on: place them with the rows' K
-    and V over stale ones, attend, finish. Slots are positions, unless `at` has those of all slots; with a `tail` the
-    rows' attention is reshaped, with a `discount` stale slots count less."""
+    and V over stale ones, attend, finish. Slots are positions, unless `at` has those of all slots; the rows'
+    attention to a `context` is reshaped, with a `discount` stale slots count less."""
     own, out = row_of_slot(slots, where.first.shape[0]), []
     bias = None if discount is None else discount.bias(own)
     for nth, layer in enumerate(layers, first):
         q, kv = rows_over_loaded(x, layer, cfg, slots, rows[nth], where, own, at)
-        x = decoder.finish(x, _attention(q, kv, slots, how, tail, bias), layer, cfg)
+        x = decoder.finish(x, _attention(q, kv, slots, how, bias, context), layer, cfg)
         out.append(kv)
     return x, tuple(out)
 
 
-def _attention(q: Float[Array, "T N H"], kv: LayerCache, slots: Int[Array, "T"], how: str, tail: Tail | None,
-               bias: Float[Array, "S"] | None = None) -> Float[Array, "T N H"]:
+def _attention(q: Float[Array, "T N H"], kv: LayerCache, slots: Int[Array, "T"], how: str,
+               bias: Float[Array, "S"] | None = None, context: Context | None = None) -> Float[Array, "T N H"]:
     with jax.named_scope("attention"):
-        bias = bias if tail is None else tail.bias
-        if tail is not None and tail.context is not None:
-            return reshaped(q, *kv, slots, tail.context, bias)
+        if context is not None:
+            return reshaped(q, *kv, slots, context, bias)
         return row_attention(q, *kv, slots, for_rows(how, len(q)), bias)
 
 
@@ -108,10 +107,11 @@ def attend_and_finish(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array,
                       at: Int[Array, "T"] | None = None, tail: Tail | None = None) -> tuple[Rows, LayerCache]:
     """One layer for rows over an assembled cache: overwrite their K and V, attend, finish. `at` has the rows' positions
     where these aren't their slots; with a `tail` it says so, and how to attend."""
+    bias = context = None
     if tail is not None:
-        at = tail.positions(slots)
+        at, bias, context = tail.positions(slots), tail.bias, tail.context
     q, kv = rows_over_cached(x, layer, cfg, slots, cache, at)
-    return decoder.finish(x, _attention(q, kv, slots, how, tail), layer, cfg), kv
+    return decoder.finish(x, _attention(q, kv, slots, how, bias, context), layer, cfg), kv
 
 
 def rows_over_cached(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array, "T"], cache: LayerCache,
@@ -160,7 +160,7 @@ def narrow_layer(x: Float[Array, "A D"], layer: Layer, cfg: ModelConfig, everyth
     q, k, v = _rotated(x, layer, cfg, everything)
     kv = _in_slots(k, v, everything, size)
     chosen = jnp.maximum(positions, 0)
-    return decoder.finish(x[chosen], _attention(q[chosen], kv, positions, how, None), layer, cfg), kv
+    return decoder.finish(x[chosen], _attention(q[chosen], kv, positions, how), layer, cfg), kv
 
 
 def _rotated(x, layer, cfg, positions):

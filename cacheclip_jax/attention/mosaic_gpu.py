@@ -63,7 +63,7 @@ class Blocks:
         return self.rows_per_group * self.consumers
 
     def smem(self, H: int, interpretable: bool = False, biased: bool = False) -> int:
-        """Bytes of shared memory at head dim H in a 16-bit type."""
+        """Bytes of shared memory at head dim H in a 16-bit type; `biased` with a number for each slot."""
         rows = self.tile * (H + (self.slots if interpretable else 0))
         return 2 * (rows + 2 * self.stages * self.slots * (H + biased)) + _RESERVED
 

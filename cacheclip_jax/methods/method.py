@@ -56,13 +56,14 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     """
     side, prompt = request.primary, request.prompt
     most = at_most(prompt.context_tokens, budget, grouping)
+    discount = jax.device_put(discount, side.sharding)
     if most is None or isinstance(grouping, Windows):
         scores = signal()
         chosen = select_on_device(rank(scores, prompt.chunks, ranking), prompt.chunk_lengths, budget, grouping,
                                   prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
     groups = Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
-    ids, bounds, groups, discount = jax.device_put((*prompt.in_slots(side.slots), groups, discount), side.sharding)
+    ids, bounds, groups = jax.device_put((*prompt.in_slots(side.slots), groups), side.sharding)
     scores = signal()
     ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking), prompt.context_tokens)
     mask, rows = best_rows(side.model.params.outer, ids, bounds, jax.device_put(ranks, side.sharding), groups,

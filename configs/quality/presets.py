@@ -52,10 +52,15 @@ def get_config(which: str = "candidates") -> ml_collections.ConfigDict:
 def discounts() -> ml_collections.ConfigDict:
     """How much stale tokens should count where there is no lead-in."""
     config, other = ruler.get_config("tune"), qa.get_config("tune")
+
+    def named(task):
+        return task if isinstance(task, str) else task.get("name", task["task"])
+
     config.update({
         "run": "presets-discounts", "out": "runs/presets-discounts.jsonl", "lengths": (8192,), "count": 20,
-        "tasks": tuple(task for task in config.tasks if task not in ("niah_single_1", "cwe")) + tuple(
-            {**task, "lengths": (), "count": 20} for task in other.tasks if task["task"] != "kv"),
+        "tasks": (*(task for task in config.tasks if named(task) not in ("niah_single_1", "niah_single_2", "cwe")),
+                  *({**task, "lengths": (), "count": 20} for task in other.tasks
+                    if named(task) not in ("kv", "nq_10"))),
         "methods": ({"method": "naive"}, {**ablations.variant("late"), "ratios": RATIOS},
                     *({**ablations.variant(f"discount {nats:g}", discount=nats), "ratios": RATIOS}
                       for nats in (0.5, 1.0, 2.0, 4.0, 60.0)),
