@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -40,12 +41,13 @@ class Cell:
     kv_heads: int
     head_dim: int
     blocks: Blocks | None = None
+    biased: bool = False
 
     @property
     def attend(self) -> Callable[..., jax.Array]:
-        """The function (q, k, v, positions) that is measured."""
+        """The function (q, k, v, positions, bias=) that is measured."""
         if self.kernel == "causal":
-            return lambda q, k, v, _: causal_attention(q[None], k[None], v[None], self.implementation)[0]
+            return lambda q, k, v, *_, bias: causal_attention(q[None], k[None], v[None], self.implementation)[0]
         if self.blocks is not None:
             return partial(mosaic_gpu, blocks=self.blocks)
         return partial(row_attention, how=self.implementation)
@@ -59,12 +61,14 @@ def cells(config) -> Iterator[Cell]:
             rows = max(1, int(ratio * context))
             cell = partial(Cell, "row", rows=rows, context=context, heads=N, kv_heads=K, head_dim=H)
             if config.sweep:
-                yield from (cell("mosaic_gpu", blocks=blocks) for blocks in variants(H))
+                yield from (cell("mosaic_gpu", blocks=blocks, biased=biased) for blocks in variants(H)
+                            for biased in config.biased if blocks.smem(H, biased=biased) <= SMEM)
                 continue
             for name in config.implementations or available(H, config.dtype):
                 if name == "dense" and 4 * rows * N * context > config.dense_bytes:
                     continue
-                yield cell(name, blocks=blocks_for(H, rows * N // K, context, K) if name == "mosaic_gpu" else None)
+                blocks = blocks_for(H, rows * N // K, context, K) if name == "mosaic_gpu" else None
+                yield from (cell(name, blocks=blocks, biased=biased) for biased in config.biased)
         if config.ceiling and not config.sweep:
             half = jax.default_backend() == "gpu" and config.dtype != "float32"
             for context in config.contexts:
@@ -105,17 +109,20 @@ def measure(cell: Cell, config) -> dict[str, Any]:
     q, k, v = (jax.random.normal(key, shape, config.dtype) for key, shape in
                zip(keys, ((cell.rows, cell.heads, cell.head_dim), cache, cache), strict=True))
     pos = positions(cell.rows, cell.context, config.group)
+    bias = None
+    if cell.biased:  # what wasn't recomputed counts half
+        bias = jnp.full(cell.context, -math.log(2), jnp.float32).at[pos].set(0)
 
     @jax.jit
-    def chained(q, k, v, pos):
+    def chained(q, k, v, pos, bias):
         # Through the barrier each call depends on the one before: none is hoisted, merged or dropped. What follows from
         # positions alone may be hoisted, as in a model, whose layers share them.
         def call(_, out):
-            return cell.attend(*lax.optimization_barrier((q, k, v, out))[:3], pos)
+            return cell.attend(*lax.optimization_barrier((q, k, v, out))[:3], pos, bias=bias)
 
         return lax.fori_loop(0, config.calls, call, jnp.zeros_like(q))
 
-    args = (q, k, v, jnp.asarray(pos))
+    args = (q, k, v, jnp.asarray(pos), bias)
     out = chained(*args).block_until_ready()
     seconds = []
     for _ in range(config.repeats):
@@ -123,7 +130,7 @@ def measure(cell: Cell, config) -> dict[str, Any]:
         chained(*args).block_until_ready()
         seconds.append((time.perf_counter() - started) / config.calls)
     sample = np.unique(np.linspace(0, cell.rows - 1, config.checked_rows).astype(int))
-    expected = jax.jit(row_attention_reference)(q[sample], k, v, args[3][sample])
+    expected = jax.jit(row_attention_reference)(q[sample], k, v, args[3][sample], bias)
     error = jnp.abs(out[sample].astype(jnp.float32) - expected.astype(jnp.float32)).max()
     flops = 4 * cell.heads * cell.head_dim * int(np.sum(pos.astype(np.int64) + 1))
     median = statistics.median(seconds)
@@ -156,7 +163,8 @@ def run(config) -> list[dict[str, Any]]:
 def describe(row: dict[str, Any]) -> str:
     """A cell in words."""
     blocks = f" {variant(row)}" if row["blocks"] else ""
-    return (f"{row['kernel']} {row['implementation']}{blocks}, {row['rows']} rows of {row['context']}, "
+    biased = ", biased" if row["biased"] else ""
+    return (f"{row['kernel']} {row['implementation']}{blocks}{biased}, {row['rows']} rows of {row['context']}, "
             f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}")
 
 
@@ -170,13 +178,13 @@ def variant(row: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Measured cells in order; for a sweep the fastest of a size first."""
-    out = Table("kernel", "implementation", "blocks", "rows", "context", "heads", "ms", "TFLOP/s", "error",
+    out = Table("kernel", "implementation", "blocks", "bias", "rows", "context", "heads", "ms", "TFLOP/s", "error",
                 title=rows[0]["device"])
     for r in sorted((r for r in rows if "ms" in r), key=lambda r: (r["head_dim"], r["heads"], r["context"], r["rows"],
                                                                    r["ms"])):
-        out.add_row(r["kernel"], r["implementation"], variant(r), str(r["rows"]), str(r["context"]),
-                    f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}", f"{r['ms']:.3f}", f"{r['tflops']:.3g}",
-                    f"{r['max_abs_err']:.2g}")
+        out.add_row(r["kernel"], r["implementation"], variant(r), "yes" if r["biased"] else "", str(r["rows"]),
+                    str(r["context"]), f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}", f"{r['ms']:.3f}",
+                    f"{r['tflops']:.3g}", f"{r['max_abs_err']:.2g}")
     return out
 
 

@@ -19,6 +19,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "ratios": (0.2,) if cpu else (0.05, 0.1, 0.2),
         "shapes": ("14/2/64",) if cpu else ("28/4/128", "32/8/128", "12/2/128", "14/2/64"),
         "dtype": "float32" if cpu else "bfloat16",
+        "biased": (False, True),  # without and with a number added to every slot's logits, as a discount has it
         "implementations": (),  # empty: all that run here
         "ceiling": True,  # also causal attention of all rows by the library, which no row attention is expected to beat
         "sweep": False,  # instead: every variant of the GPU kernel at `swept` (context, ratio), for the first shape
