@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.pages import HostChunk, HostPages, PageLayout, platform_of
 from cacheclip_jax.plan import Behind
 from cacheclip_jax.prompt import Prompt, PromptFormat
+from cacheclip_jax.reading import Reading, start
 from cacheclip_jax.store import ChunkStore, Passage, PendingKV, Space
 from cacheclip_jax.store.quantize import round_trip
 from cacheclip_jax.tier import Tier
@@ -176,14 +177,16 @@ class ChunkCaches:
                 unread.append(i)
         wanted_ids = [(self.encoded(passages[i]).ids, passages[i].id) for i in unread]
         pending = self.store.read_all(space, wanted_ids, eager=False) if unread else []
-        missing = []
+        missing, readings = [], []
         for i, read in zip(unread, pending, strict=True):
             if read is None:
                 out.misses += 1
                 missing.append(i)
             else:
                 out.hits += 1
-                out.sources[i] = self.store.readers.submit(self._read, read, behind, passages[i])
+                out.sources[i] = reading = self._reading(read, behind, passages[i])
+                readings.append(reading)
+        start(readings, self.store.readers)
         if missing:
             ours = {c.space(b).key for c in self.pair for b in ("shared", "none")}
             if (why := self.store.explain_miss(space, ours)) is not None:
@@ -230,15 +233,10 @@ class ChunkCaches:
                 writable = False
         return made
 
-    def _read(self, pending: PendingKV, behind: Behind, passage: Passage) -> HostChunk:
-        """A stored chunk cache, read straight into the memory that it's copied to the device from."""
-        cfg, tokens = self.model.config, len(self.encoded(passage).ids)
-        chunk = self.pages.empty(tokens, self._whole)
-        if chunk.whole is not None:
-            pending.read_whole(chunk.whole)
-        else:
-            pending.read_scattered(chunk.buffers(2 * cfg.num_kv_heads * tokens))
-        return self._kept(behind, passage, chunk)
+    def _reading(self, pending: PendingKV, behind: Behind, passage: Passage) -> Reading:
+        """A stored chunk cache, to be read straight into the memory that it's copied to the device from."""
+        return Reading(pending, self.pages, len(self.encoded(passage).ids), self._whole,
+                       keep=partial(self._kept, behind, passage))
 
     def _kept(self, behind: Behind, passage: Passage, chunk: HostChunk) -> HostChunk:
         """The chunk cache, kept in host memory for the next request where there is a tier."""

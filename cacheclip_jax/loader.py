@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event
 from typing import Any, Protocol
@@ -15,8 +15,9 @@ from jax.sharding import Sharding
 from cacheclip_jax.copies import RowBuffers
 from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.pages import HostChunk
+from cacheclip_jax.reading import Reading
 
-Source = HostChunk | Future  # of a HostChunk
+Source = HostChunk | Reading
 
 
 class Copier(Protocol):
@@ -80,18 +81,20 @@ class RowCopies:
 
 
 class BlockLoader:
-    """Sends chunk caches block by block from a thread of its own.
+    """Sends chunk caches block by block from a thread of its own, each block when it was read of every chunk.
 
     `ahead` blocks at most lie on the device before their turn, which bounds what loading adds to its memory; `computed`
-    says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged. No
-    copy is started before `release` or the first `take`: small inputs of what is computed before, of scoring and
-    selection, would wait in the bus behind all that is sent.
+    says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged, for
+    the blocks that weren't sent yet; it is called once a chunk. No copy is started before `release` or the first
+    `take`: small inputs of what is computed before, of scoring and selection, would wait in the bus behind all that is
+    sent.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, copier: Copier, sources: Sequence[Source], blocks: int,
                  ahead: int, repair: Callable[[int, ChunkCorrupt], HostChunk]):
         self._released = Event()
-        self._copier, self._sources, self._ahead, self._repair = copier, sources, ahead, repair
+        self._copier, self._sources, self._ahead, self._repair = copier, list(sources), ahead, repair
+        self._chunks: list[list[HostChunk]] = []  # of each block, held until no copy reads them
         self._sent = [Event() for _ in range(blocks)]
         self._given: list[Any] = [None] * blocks
         self._error: BaseException | None = None
@@ -129,32 +132,39 @@ class BlockLoader:
         self._marks.put(None)
 
     def _run(self) -> None:
-        chunks: list[HostChunk] = []  # held until no copy reads them
         try:
-            chunks += [self._chunk(i, source) for i, source in enumerate(self._sources)]
-            self._released.wait()
-            if self._error is not None:
-                raise self._error
-            for number, sent in enumerate(self._sent):
-                if number >= self._ahead:
-                    self._mark().block_until_ready()
-                self._given[number] = self._copier.send(number, chunks)
-                sent.set()
-            self._copier.finish()
-            chunks.clear()
+            try:
+                self._send()
+            finally:
+                self._copier.finish()
+                self._sources.clear()
+                self._chunks.clear()
             for _ in range(min(self._ahead, len(self._sent))):
                 last = self._mark()
             last.block_until_ready()
             self._copier.computed()
         except BaseException as e:
             self._fail(e)
-            self._copier.finish()
 
-    def _chunk(self, index: int, source: Source) -> HostChunk:
+    def _send(self) -> None:
+        for number, sent in enumerate(self._sent):
+            self._chunks.append([self._chunk(i, number) for i in range(len(self._sources))])
+            self._released.wait()
+            if self._error is not None:
+                raise self._error
+            if number >= self._ahead:
+                self._mark().block_until_ready()
+            self._given[number] = self._copier.send(number, self._chunks[-1])
+            sent.set()
+
+    def _chunk(self, index: int, number: int) -> HostChunk:
+        """A chunk whose block of layers is there."""
+        source = self._sources[index]
         try:
-            return source.result() if isinstance(source, Future) else source
+            return source if isinstance(source, HostChunk) else source.wait(number)
         except ChunkCorrupt as e:
-            return self._repair(index, e)
+            self._sources[index] = chunk = self._repair(index, e)
+            return chunk
 
     def _mark(self) -> jax.Array:
         """The mark of the next block that was dispatched; raises when loading was stopped."""

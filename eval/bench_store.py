@@ -72,7 +72,7 @@ def read(config, root: Path, kv: str = "exact") -> dict[str, float]:
             pending = store.read(space, ids, "", eager=False)
             assert pending is not None
             for layer in range(space.num_layers):
-                pending.read_layer_into(layer, buffer[layer])
+                pending.read_layers_into(layer, buffer[layer])
 
     def cat() -> None:
         subprocess.run(f"cat {' '.join(files)} > /dev/null", shell=True, check=True)
@@ -82,7 +82,7 @@ def read(config, root: Path, kv: str = "exact") -> dict[str, float]:
         started = time.perf_counter()
         pending = store.read(space, ids, "", eager=False)
         assert pending is not None
-        pending.read_layer_into(0, buffers[0][0])
+        pending.read_layers_into(0, buffers[0][0])
         first.append(time.perf_counter() - started)
     times = _interleaved(config.repeats, {
         "cat": cat,

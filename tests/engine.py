@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
-from cacheclip_jax import CacheClip
+from cacheclip_jax import CacheClip, caches, copies, feed, online, pages, reading
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.store import ChunkStore, Passage
 
@@ -19,6 +21,33 @@ TEXTS = [
 QUESTION, OTHER = "Who keeps the north light?", "What does a barrel cost us?"
 METHODS = ["cacheclip", "full", "prefix", "naive", "naive-none", "random"]
 GROUP = 8
+
+
+class CopyOnHost:
+    """A CUDA stream's part, done by the CPU, whose memory stands for the device's."""
+
+    def __init__(self, device):
+        pass
+
+    def enter(self):
+        pass
+
+    wait = enter
+
+    def copy(self, source, source_pitch, target, target_pitch, width, height):
+        for n in range(height):
+            ctypes.memmove(target + n * target_pitch, source + n * source_pitch, width)
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, driver: bool) -> None:
+    """Let caches travel as they do on a GPU, with CUDA's driver or without, a layer at a time."""
+    monkeypatch.setattr(copies, "driver", lambda: driver)
+    monkeypatch.setattr(copies, "Stream", CopyOnHost)
+    for module in (caches, pages):
+        monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
+    for module, limit in ((pages, "PAGE_BYTES"), (reading, "STEP_BYTES"), (feed, "AHEAD_BYTES"), (online, "SPAN")):
+        monkeypatch.setattr(module, limit, 1)
+    monkeypatch.setattr(pages, "PAGE_TOKENS", 8)
 
 
 def engine(models: tuple[Model, Model], store: ChunkStore, **options) -> CacheClip:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, ChunkStore, Passage, caches, copies, feed, online, pages, request
+from cacheclip_jax import CacheClip, ChunkStore, Passage, copies, pages, request
 from cacheclip_jax.errors import StoreError
 from cacheclip_jax.loader import BlockLoader
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.pages import HostPages, PageLayout
 from cacheclip_jax.tier import Tier
 from tests.conftest import TINY, max_diff, stacked
-from tests.engine import QUESTION, TEXTS
+from tests.engine import QUESTION, TEXTS, CopyOnHost, as_on_a_gpu
 
 
 @pytest.fixture(scope="module")
@@ -35,34 +34,13 @@ def store(models):
     return opened
 
 
-class CopyOnHost:
-    """A CUDA stream's part, done by the CPU, whose memory stands for the device's."""
-
-    def __init__(self, device):
-        pass
-
-    def enter(self):
-        pass
-
-    wait = enter
-
-    def copy(self, source, source_pitch, target, target_pitch, width, height):
-        for n in range(height):
-            ctypes.memmove(target + n * target_pitch, source + n * source_pitch, width)
-
-
 @pytest.fixture(params=["cpu", "gpu", "cuda"])
 def way(request, monkeypatch):
     """How caches travel: from pages that are used once, on a GPU again and again, with CUDA straight to their place."""
-    monkeypatch.setattr(copies, "driver", lambda: request.param == "cuda")
-    if request.param != "cpu":
-        monkeypatch.setattr(copies, "Stream", CopyOnHost)
-        for module in (caches, pages):
-            monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
-        monkeypatch.setattr(pages, "PAGE_BYTES", 1)
-        monkeypatch.setattr(pages, "PAGE_TOKENS", 8)
-        monkeypatch.setattr(feed, "AHEAD_BYTES", 1)
-        monkeypatch.setattr(online, "SPAN", 1)
+    if request.param == "cpu":
+        monkeypatch.setattr(copies, "driver", lambda: False)
+    else:
+        as_on_a_gpu(monkeypatch, driver=request.param == "cuda")
     return request.param
 
 

@@ -70,7 +70,7 @@ def test_a_stored_chunk_takes_half_the_bytes_and_is_read_as_its_round_trip_every
     assert same_bits(store.read(space, ids, passage.id).result(), expected)
     lazy, buffer = store.read(space, ids, passage.id, eager=False), np.empty_like(kv[0])
     for layer in (2, 0, 1):
-        lazy.read_layer_into(layer, buffer)
+        lazy.read_layers_into(layer, buffer)
         assert same_bits(buffer, expected[layer])
     (stats,) = store.stats().spaces
     assert 0.5 < stats.nbytes / kv.nbytes < 0.51 and stats.space.kv == kind and store.verify() == []

@@ -46,17 +46,22 @@ def test_layers_stream_into_callers_buffers_from_many_threads(where, tmp_path):
 
     def fill(i: int) -> None:
         for layer in (2, 0, 1):
-            pending.read_layer_into(layer, staging[i].reshape(3, -1)[layer])
+            pending.read_layers_into(layer, staging[i].reshape(3, -1)[layer])
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(fill, range(4)))
     assert all(row.tobytes() == kv.tobytes() for row in staging)
     typed = np.empty_like(kv[1])
-    pending.read_layer_into(1, typed)
+    pending.read_layers_into(1, typed)
     assert same_bits(typed, kv[1])
-    for bad in (staging[0], np.empty(kv[0].shape, np.int8), np.empty_like(kv[0]).swapaxes(0, 1)):
+    pending.read_layers_into(1, staging[1, : 2 * kv[0].nbytes])
+    assert staging[1, : 2 * kv[0].nbytes].tobytes() == kv[1:].tobytes()
+    for bad in (staging[0, 1:], np.empty(kv[0].shape, np.int8), np.empty_like(kv[0]).swapaxes(0, 1)):
         with pytest.raises(BadInput, match="C-contiguous"):
-            pending.read_layer_into(0, bad)
+            pending.read_layers_into(0, bad)
+    for first in (-1, 2):
+        with pytest.raises(BadInput, match="the chunk cache has 3"):
+            pending.read_layers_into(first, staging[1, : 2 * kv[0].nbytes])
 
 
 @given(st.integers(1, 20_000), st.integers(1, 5), st.integers(0, 99))
@@ -78,7 +83,7 @@ def test_a_chunk_is_read_into_one_piece_or_pieces_of_any_size_and_checked(where,
     cuts = (0, 1, 200, 512, layers.shape[1])
     pieces = [[row[a:b] for a, b in itertools.pairwise(cuts)] for row in layers]
     store.read(space, ids, passage.id, eager=False).read_scattered(pieces)
-    store.read(space, ids, passage.id, eager=False).read_whole(whole)
+    store.read(space, ids, passage.id, eager=False).read_layers_into(0, whole)
     assert layers.tobytes() == whole.tobytes() == expected.tobytes()
     if where == "file":
         (path,) = tmp_path.glob("kv/*/??/*.kv")
@@ -88,7 +93,7 @@ def test_a_chunk_is_read_into_one_piece_or_pieces_of_any_size_and_checked(where,
         with pytest.raises(ChunkCorrupt, match="layer 2 fails its checksum"):
             store.read(space, ids, passage.id, eager=False).read_scattered(pieces)
         with pytest.raises(ChunkCorrupt, match="layer 2 fails its checksum"):
-            store.read(space, ids, passage.id, eager=False).read_whole(whole)
+            store.read(space, ids, passage.id, eager=False).read_layers_into(0, whole)
 
 
 def test_zeros_are_stored_like_any_other_values(store):

@@ -111,7 +111,7 @@ def test_what_is_wrong_with_a_file_that_was_found_shows_when_it_is_read(store, t
     if fate == "removed":
         file.unlink()
     with pytest.raises(ChunkCorrupt, match=passage.id):
-        pending.read_whole(np.empty((len(kv), kv[0].nbytes), np.uint8))
+        pending.read_layers_into(0, np.empty((len(kv), kv[0].nbytes), np.uint8))
     counts = store.metrics.snapshot()["counts"]
     assert counts["hits"] == counts["damaged"] == {"disk": 1} and "misses" not in counts
 

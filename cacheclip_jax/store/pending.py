@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -37,8 +38,8 @@ class PendingKV:
     """One chunk cache being read.
 
     An eager one reads every layer from the start, in background threads, for `layer` and `result`. One that isn't
-    reads nothing before it is asked, but for the head of what isn't a local file: for `read_whole`, or for
-    `read_layer_into`, which any number of threads may call at once, each with a buffer of its own.
+    reads nothing before it is asked, but for the head of what isn't a local file: for `read_scattered`, or
+    for `read_layers_into`, which any number of threads may call at once, each with a buffer of its own.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class PendingKV:
         self._lock = Lock()
         self._eager, self._began, self._layers_read = eager, time.perf_counter(), 0
         self._failure: Exception | None = None
+        self._flawed = False
         self._source, self._tier = None, store.pool.tier
         try:
             self._source = store.pool.source(key, self._head, self._size if eager else None)
         except (*FAILURES, StoreError) as e:
             self._failure = e
-        self._found = not eager and isinstance(self._source, FileSource)  # else the head has to be read to know
+        self._found = not eager and self.in_file  # else the head has to be read to know
 
     @cached_property
     def _entry(self) -> Entry | ChunkCorrupt | None:
@@ -130,24 +132,33 @@ class PendingKV:
             else:
                 layer[...] = stored.view(layer.dtype).reshape(layer.shape)
 
-    def read_layer_into(self, layer: int, buffer: np.ndarray) -> None:
-        """Fills a caller's buffer with one layer [2, K, C, H], in the calling thread.
+    @property
+    def in_file(self) -> bool:
+        """Whether it lies in a local file, of which parts are read as fast as all of it."""
+        return isinstance(self._source, FileSource)
 
-        `buffer` is C-contiguous and writable, of the space's dtype or uint8, of any shape with the layer's number of
-        bytes: 2 * K * C * H * itemsize. Bytes go from the file to the buffer without another copy, and are checked
-        before this returns; Python's lock is free meanwhile. Threads may ask for the same or different layers, in any
-        order. Raises as `layer` does; the buffer then holds anything.
+    def read_layers_into(self, first: int, buffer: np.ndarray) -> None:
+        """Fills a caller's buffer with consecutive layers [2, K, C, H] from `first` on, in the calling thread.
+
+        `buffer` is C-contiguous and writable, of the space's dtype or uint8, of any shape with as many bytes as the
+        layers: 2 * K * C * H * itemsize each. Bytes go from the file to the buffer with one read and without another
+        copy, and are checked with one checksum before this returns; Python's lock is free meanwhile. Threads may ask
+        for the same or different layers, in any order. Raises BadInput for another buffer, else as `layer` does; the
+        buffer then holds anything.
         """
-        shape, dtype = self._space.shape(len(self._ids))[1:], self._space.numpy_dtype
-        size = int(np.prod(shape)) * dtype.itemsize
-        if buffer.nbytes != size or not buffer.flags.c_contiguous or buffer.dtype not in (dtype, np.uint8):
+        shape, dtype = self._space.shape(len(self._ids)), self._space.numpy_dtype
+        size = math.prod(shape[1:]) * dtype.itemsize
+        count, rest = divmod(buffer.nbytes, size)
+        if rest or not buffer.flags.c_contiguous or buffer.dtype not in (dtype, np.uint8):
             raise BadInput(
-                f"The buffer is {buffer.dtype}{list(buffer.shape)} of {buffer.nbytes} bytes; a layer takes a "
-                f"C-contiguous one of {dtype} or uint8 with {size} bytes."
+                f"The buffer is {buffer.dtype}{list(buffer.shape)} of {buffer.nbytes} bytes; layers take a "
+                f"C-contiguous one of {dtype} or uint8 with {size} bytes each."
             )
+        if not 0 <= first < first + count <= shape[0]:
+            raise BadInput(f"{count} layers from layer {first} on are asked for; the chunk cache has {shape[0]}.")
         with self._judged():
-            self._load(layer, buffer.reshape(-1).view(dtype).reshape(1, *shape))
-        self._finished(1)
+            self._load(first, buffer.reshape(-1).view(dtype).reshape(count, *shape[1:]))
+        self._finished(count)
 
     def layer(self, layer: int) -> Float[np.ndarray, "2 K C H"]:
         """Waits for one layer; raises ChunkCorrupt when it is damaged, ChunkUnreadable when it can't be read now."""
@@ -159,14 +170,6 @@ class PendingKV:
                 self._load(layer, self._out[layer : layer + 1])
         assert self._out is not None
         return self._out[layer]
-
-    def read_whole(self, layers: UInt8[np.ndarray, "L bytes"]) -> None:
-        """Fills contiguous memory with every layer, in the calling thread, and checks it; raises as `layer` does."""
-        with self._judged():
-            self._load(0, layers.view(self._space.numpy_dtype).reshape(self._space.shape(len(self._ids))))
-            assert self._source is not None
-            self._source.release()
-        self._finished(self._space.num_layers)
 
     def read_scattered(self, layers: Sequence[Sequence[UInt8[np.ndarray, " bytes"]]]) -> None:
         """Reads and checks every layer in the calling thread, each into flat buffers that it fills one after another;
@@ -230,11 +233,16 @@ class PendingKV:
                 raise e
         except StoreError as translation:  # or what it was already
             how = str(translation)
+        with self._lock:  # other parts of it, read at the same time, may tell of the same flaw
+            known, self._flawed = self._flawed, True
         if any(sign in how for sign in _NOT_THE_DATA):
-            self._store.metrics.count("unreadable", self._tier)
+            if not known:
+                self._store.metrics.count("unreadable", self._tier)
             message = f"The chunk cache of passage {self._passage} can't be read now: {how}"
             return ChunkUnreadable(message, chunk=self._passage)
-        self._store.metrics.count("damaged", self._tier)
+        if not known:
+            self._store.metrics.count("damaged", self._tier)
+            log.warning("a chunk cache is damaged",
+                        extra={"passage": self._passage, "file": self._where, "reason": how})
         message = f"The chunk cache of passage {self._passage} is damaged and has to be encoded again: {how}"
-        log.warning("a chunk cache is damaged", extra={"passage": self._passage, "file": self._where, "reason": how})
         return ChunkCorrupt(message, chunk=self._passage)

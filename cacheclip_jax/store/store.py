@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("cacheclip.store")
 
 _WRITERS = 4
-_READERS = min(8, max(4, os.cpu_count() or 1))
+READERS = min(16, max(4, os.cpu_count() or 1))
 _NAMESPACE = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 
@@ -51,7 +51,7 @@ class ChunkStore:
         self.pool = pool or blobs
         self.kv = kv
         self.metrics = Metrics()
-        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="chunk-reader")
+        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="chunk-reader")
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="chunk-writer")
         self._slots = BoundedSemaphore(2 * _WRITERS)
         self._known_spaces: set[str] = set()
