@@ -82,7 +82,8 @@ class Best:
 
     Groups have at most `longest` tokens and follow one another; one of 0 tokens is padding. They are taken from the top
     while fewer than `high` tokens are; with `mass`, only until they are `low` tokens and hold this share of all scores
-    (1.0 takes every group). Tokens that are `always` taken cost nothing.
+    (1.0 takes every group). Tokens that are `always` taken cost nothing. Where groups are `cut`, the last one's tokens
+    above `high` are left out.
     """
 
     sizes: Int[Any, "C"]
@@ -92,6 +93,7 @@ class Best:
     always: Bool[Any, "C"] | None
     longest: int = struct.field(pytree_node=False)
     reduce: Reduce = struct.field(pytree_node=False)
+    cut: bool = struct.field(pytree_node=False)
 
     @classmethod
     def of(cls, chunk_lengths: Sequence[int], budget: Budget, grouping: Groups | Sentences,
@@ -106,7 +108,7 @@ class Best:
             low, mass = round(budget.at_least * total), np.float32(budget.mass)
         sizes = np.pad(sizes, (0, slots - len(sizes)))
         return cls(sizes, np.int32(low - spent), np.int32(target - spent), mass, always, grouping.longest,
-                   grouping.reduce)
+                   grouping.reduce, isinstance(grouping, Sentences))
 
 
 def select_on_device(scores: np.ndarray | jax.Array, chunk_lengths: Sequence[int], budget: Budget,
@@ -116,8 +118,9 @@ def select_on_device(scores: np.ndarray | jax.Array, chunk_lengths: Sequence[int
 
     `scores` has one non-negative number per context token, chunks one after another; on device they are followed by
     anything up to `bucket(context tokens)`, so that what follows compiles once for it. Groups never cross a chunk. With
-    `Groups` and `Sentences` the mask holds at most one group more than the budget asks for; with `Windows` it may hold
-    more or less. `Sentences` need the `chunks` that the scores are of.
+    `Groups` the mask holds at most one group more than the budget asks for. With `Sentences`, which need the `chunks`
+    that the scores are of, it holds what is asked for: the last one may be cut short. With `Windows` it may hold more
+    or less.
 
     The first `heads_of_chunks` tokens of every chunk are taken before anything else and count as spent; where all of
     them would exceed the budget, so many of each as it pays for. A mass budget counts them only against its bounds.
@@ -144,7 +147,7 @@ def at_most(total: int, budget: Budget, grouping: Grouping) -> int | None:
     if isinstance(grouping, Windows) or budget.mass is not None:
         return None
     target = budget.target(total)
-    return min(total, target + grouping.longest - 1) if target else 0
+    return min(total, target + grouping.longest - 1) if target and isinstance(grouping, Groups) else target
 
 
 def pad_to_bucket(scores: np.ndarray | jax.Array, total: int) -> np.ndarray | jax.Array:
@@ -177,19 +180,23 @@ def select_groups(scores: Float[Array, "C"], best: Best) -> Bool[Array, "C"]:
     tokens = jnp.minimum(starts[:, None] + within, len(scores) - 1)
     belongs = within < sizes[:, None]
     values = jnp.where(belongs, scores[tokens], 0)
-    sums, costs = values.sum(1), sizes
+    sums, costs = values.sum(1), belongs
     rank = {"sum": sums, "mean": sums / jnp.maximum(sizes, 1), "max": values.max(1)}[best.reduce]
     if best.always is not None:
-        costs = (belongs & ~best.always[tokens]).sum(1)
+        costs = belongs & ~best.always[tokens]
     order = jnp.argsort(jnp.where(sizes > 0, -rank, jnp.inf), stable=True)  # ties: the earlier group
-    before = jnp.cumsum(costs[order]) - costs[order]
-    taken = before < best.high
+    cost = costs.sum(1)[order]
+    before = jnp.cumsum(cost) - cost
+    taken = sizes[order] > 0
     if best.mass is not None:
         held = jnp.cumsum(sums[order]) - sums[order]
         taken &= (before < best.low) | (held < jnp.where(best.mass >= 1, jnp.inf, best.mass * sums.sum()))
-    taken = jnp.zeros_like(taken).at[order].set(taken) & (sizes > 0)
-    chosen = jnp.where(taken[:, None] & belongs, starts[:, None] + within, len(scores))
-    mask = jnp.zeros(len(scores), bool).at[chosen.reshape(-1)].set(True, mode="drop")
+    taken &= before < best.high
+    left = jnp.zeros_like(before).at[order].set(jnp.where(taken, best.high - before, 0))  # what each group may cost
+    chosen = belongs & (left > 0)[:, None]
+    if best.cut:
+        chosen &= jnp.cumsum(costs, 1) - costs < left[:, None]
+    mask = jnp.zeros(len(scores), bool).at[jnp.where(chosen, tokens, len(scores)).reshape(-1)].set(True, mode="drop")
     return mask if best.always is None else mask | best.always
 
 

@@ -67,8 +67,9 @@ def cells(config) -> Iterator[Cell]:
             for name in config.implementations or available(H, config.dtype):
                 if name == "dense" and 4 * rows * N * context > config.dense_bytes:
                     continue
-                blocks = blocks_for(H, rows * N // K, context, K) if name == "mosaic_gpu" else None
-                yield from (cell(name, blocks=blocks, biased=biased) for biased in config.biased)
+                for biased in config.biased:
+                    blocks = blocks_for(H, rows * N // K, context, K, biased) if name == "mosaic_gpu" else None
+                    yield cell(name, blocks=blocks, biased=biased)
         if config.ceiling and not config.sweep:
             half = jax.default_backend() == "gpu" and config.dtype != "float32"
             for context in config.contexts:

@@ -34,7 +34,7 @@ def interpreted(*args, blocks=None, races=False):
         with on(H100), plgpu.force_gpu_interpret_mode(params):
             return jax.jit(partial(mosaic_gpu, blocks=blocks, interpretable=True))(*args).block_until_ready()
     except BaseException:
-        plgpu.reset_gpu_interpret_mode_state()
+        getattr(plgpu, "reset_gpu_interpret_mode_state", lambda: None)()  # jax 0.11 has none, nor needs it
         raise
 
 
@@ -120,7 +120,9 @@ def test_chosen_blocks_grow_with_the_rows_and_fit_shared_memory(H, T, K, consume
         blocks = blocks_for(H, T, S, K)
         assert blocks.consumers == consumers
         assert blocks.smem(H, interpretable=True) <= SMEM
-        assert blocks.smem(H, biased=True) <= SMEM
+        biased = blocks_for(H, T, S, K, biased=True)
+        assert biased.consumers == min(consumers, 2)
+        assert biased.smem(H, biased=True) <= SMEM
 
 
 @pytest.mark.parametrize("heads, H, dtype, pad, error", [

@@ -143,9 +143,25 @@ def test_sentences_are_taken_whole_and_long_ones_in_even_parts():
     assert Sentences(longest=4).sizes(lens, chunks).tolist() == [3, 2, 1, 3, 4, 1]
     assert Sentences().sizes(lens, chunks).tolist() == [3, 2, 1, 7, 1]
     scores = np.array([0, 0, 0, 0, 5, 1, *[2] * 7, 0], np.float32)
-    picked = {reduce: np.flatnonzero(select(scores, lens, Budget(tokens=1), Sentences(reduce=reduce), chunks)).tolist()
-              for reduce in ("sum", "mean", "max")}
-    assert picked == {"sum": list(range(6, 13)), "mean": [3, 4], "max": [3, 4]}
+    def picked(tokens, **settings):
+        return np.flatnonzero(select(scores, lens, Budget(tokens=tokens), Sentences(**settings), chunks)).tolist()
+
+    for reduce, first in (("sum", list(range(6, 13))), ("mean", [3, 4]), ("max", [3, 4])):
+        assert picked(len(first), reduce=reduce) == first
+    assert picked(4) == [3, 4, 6, 7]  # the second best is cut to what is left
+
+
+@settings(max_examples=60, deadline=None)
+@given(lens=lengths, ratio=st.floats(0, 1), heads=st.integers(0, 5), seed=st.integers(0, 9))
+def test_sentences_take_exactly_the_budget_and_cut_one_of_them_at_most(lens, ratio, heads, seed):
+    chunks = [words(" ".join("a." if i % 5 == 4 else "a" for i in range(n))) for n in lens]
+    sizes = Sentences(4).sizes(lens, chunks)
+    mask = select(scores_for(lens, seed), lens, Budget(ratio=ratio), Sentences(4), chunks, heads_of_chunks=heads)
+    assert mask.sum() == round(ratio * sum(lens))
+    if not heads:
+        parts = np.split(mask, np.cumsum(sizes)[:-1])
+        cut = [p for p in parts if p.any() and not p.all()]
+        assert len(cut) <= 1 and all((np.diff(p.astype(int)) <= 0).all() for p in cut)
 
 
 def test_sentences_without_their_text_are_refused():

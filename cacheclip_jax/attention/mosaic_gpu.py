@@ -68,17 +68,19 @@ class Blocks:
         return 2 * (rows + 2 * self.stages * self.slots * (H + biased)) + _RESERVED
 
 
-def blocks_for(H: int, T: int, S: int, K: int) -> Blocks:
+def blocks_for(H: int, T: int, S: int, K: int, biased: bool = False) -> Blocks:
     """Blocks that suit a head dim, a number of folded rows (of one kv head), of slots and of kv heads.
 
     3 consumers where their tiles make 2 blocks a multiprocessor or more, else 2 that take turns; 1 for up to 64 rows.
-    H100, 2026-11-24, TFLOP/s at 28/4/128, bfloat16, 6553 rows of 32768, 2 stages of 128 slots: 662 with 3, 607 with 2.
+    H100, TFLOP/s at 28/4/128, bfloat16, 6553 rows of 32768, 2 stages of 128 slots: 660 with 3, 599 with 2; `biased`,
+    which takes registers that 3 don't have, 541 and 550.
     """
     sized = partial(Blocks, slots=64 if S <= 64 else 128, stages=4 if H == 64 else 2)
     if T <= 64:
         return sized(consumers=1, turns=False)
     large = sized(consumers=3, turns=False)
-    return large if K * -(-T // large.tile) >= 2 * _MULTIPROCESSORS else sized(consumers=2, turns=True)
+    enough = not biased and K * -(-T // large.tile) >= 2 * _MULTIPROCESSORS
+    return large if enough else sized(consumers=2, turns=True)
 
 
 def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
@@ -87,9 +89,9 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     """Row attention (see `row_attention`) on a Hopper GPU, for float16 and bfloat16 and head dims 64 and 128.
 
     K and V are copied if S is less than a block has or no multiple of 8: caches are best padded to multiples of 8.
-    `interpretable` takes P to the second product through shared memory and adds P V outside it, which is what Pallas'
-    interpreter for CPUs knows; the rest of the kernel is the same. Raises NotImplementedError for other types and head
-    dims, ValueError for blocks that don't fit.
+    `interpretable` takes P to the second product through shared memory, adds P V outside it and fences what is read of
+    the bias, which is what Pallas' interpreter for CPUs knows; the rest of the kernel is the same. Raises
+    NotImplementedError for other types and head dims, ValueError for blocks that don't fit.
     """
     T, N, H = q.shape
     K, S, _ = k.shape
@@ -100,7 +102,7 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have one type")
     G = N // K
-    blocks = blocks or blocks_for(H, T * G, S, K)
+    blocks = blocks or blocks_for(H, T * G, S, K, bias is not None)
     if (need := blocks.smem(H, interpretable, bias is not None)) > SMEM:
         raise ValueError(f"{blocks} needs {need} bytes of shared memory at head dim {H}, over {SMEM}: "
                          "take fewer stages, slots or consumers")
@@ -207,7 +209,8 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool
             if biased:
                 bias = plgpu.load(smem.bias.at[stage_of(i)], layout=per_slot)
                 s = s * log2_scale + lax.broadcast_in_dim(bias, s.shape, [1])
-                plgpu.commit_smem()  # orders this read before the copy that uses the stage next
+                if interpretable:  # the hardware orders reads before the arrival that lets the next copy begin
+                    plgpu.commit_smem()
             plgpu.barrier_arrive(smem.k_used.at[stage_of(i)])
             return s
 
