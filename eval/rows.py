@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cacheclip_jax.errors import BadInput
-from eval.statistics import Comparison, Estimate, compare, retention, retention_over
+from eval.statistics import Comparison, Estimate, compare_over, retention, retention_over
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,11 @@ def pooled_retention(some: Sequence[Cell], resamples: int = 2000) -> Estimate:
 
 
 def against(first: Sequence[Cell], second: Sequence[Cell]) -> Comparison:
-    """Paired test of two methods over the samples of all tasks that both have answered."""
+    """Paired test of two methods over the samples that both have answered, tasks weighing the same."""
     ours, theirs = ({(r.run, r.task, r.sample): r.score for c in some for r in c.rows} for some in (first, second))
     both = [key for key in ours if key in theirs]
-    return compare([ours[k] for k in both], [theirs[k] for k in both])
+    tasks = [[key for key in both if key[:2] == task] for task in dict.fromkeys(key[:2] for key in both)]
+    return compare_over([([ours[k] for k in task], [theirs[k] for k in task]) for task in tasks])
 
 
 def _number(value: float) -> float | None:

@@ -63,7 +63,7 @@ def retention_over(tasks: Sequence[tuple[Scores, Scores]], *, level: float = 0.9
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean difference of two methods on the same samples and the two-sided p-value of "there is none"."""
+    """Mean difference of two methods on the same n samples and the two-sided p-value of "there is none"."""
 
     difference: float
     p_value: float
@@ -72,26 +72,42 @@ class Comparison:
 
 def compare(first: Scores, second: Scores, *, test: Literal["sign-flip", "bootstrap"] = "sign-flip",
             resamples: int = 9999, seed: int = 0) -> Comparison:
-    """Whether `first` scores higher than `second`, by a paired test.
+    """Whether `first` scores higher than `second` on the same samples of one task; see `compare_over`."""
+    return compare_over([(first, second)], test=test, resamples=resamples, seed=seed)
+
+
+def compare_over(tasks: Sequence[tuple[Scores, Scores]], *, test: Literal["sign-flip", "bootstrap"] = "sign-flip",
+                 resamples: int = 9999, seed: int = 0) -> Comparison:
+    """Whether one method scores higher than another over tasks that weigh the same, each with both methods' scores: a
+    paired test of the mean over tasks of the mean difference. A task without a sample doesn't count; NaN without any.
 
     sign-flip: each sample's difference keeps or changes its sign at random (exact where 2**n is small enough).
-    bootstrap: how often a resampled mean difference lies on the other side of 0.
+    bootstrap: how often the mean over tasks, of samples drawn within each, lies on the other side of 0.
     """
-    a, b = _paired(first, second)
-    differences = a - b
-    n, value = len(differences), float(differences.mean()) if len(differences) else float("nan")
     if test not in ("sign-flip", "bootstrap"):
         raise BadInput(f"test={test!r}: choose sign-flip or bootstrap")
-    if n == 0 or not differences.any():
-        return Comparison(value, 1.0 if n else float("nan"), n)
+    differences = [d for first, second in tasks if len(d := np.subtract(*_paired(first, second)))]
+    n = sum(map(len, differences))
+    if not n:
+        return Comparison(float("nan"), float("nan"), 0)
+    ends = np.cumsum([len(d) for d in differences])[:-1]
+
+    def mean_over_tasks(d, axis=-1):
+        return np.mean([task.mean(axis=axis) for task in np.split(d, ends, axis=axis)], axis=0)
+
+    value = float(mean_over_tasks(np.concatenate(differences)))
+    if not any(d.any() for d in differences):
+        return Comparison(value, 1.0, n)
     rng = np.random.default_rng(seed)
     if test == "bootstrap":
-        means = differences[rng.integers(0, n, (resamples, n))].mean(axis=1)
+        means = np.mean([d[rng.integers(0, len(d), (resamples, len(d)))].mean(axis=1) for d in differences], axis=0)
         tail = 1 + min((means <= 0).sum(), (means >= 0).sum())
         return Comparison(value, min(1.0, 2 * float(tail) / (resamples + 1)), n)
+    if n == 1:  # which SciPy refuses: either sign is as extreme
+        return Comparison(value, 1.0, n)
     from scipy.stats import permutation_test
 
-    result = permutation_test((differences,), lambda d, axis=-1: d.mean(axis=axis), permutation_type="samples",
+    result = permutation_test((np.concatenate(differences),), mean_over_tasks, permutation_type="samples",
                               vectorized=True, n_resamples=resamples, rng=rng)
     return Comparison(value, float(result.pvalue), n)
 

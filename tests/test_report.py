@@ -81,6 +81,18 @@ def test_the_summary_tests_against_the_reference_at_the_same_or_its_largest_rati
     assert lines["naive", ""].startswith("-30.0 (") and lines["full", ""].startswith("+10.0 (")
 
 
+def test_the_summary_s_difference_is_that_of_its_scores_for_tasks_of_very_different_sizes():
+    """Naive loses to cacheclip on 40 samples of one task and wins on 4 of another: pooled, it would be far behind."""
+    first = replace(rows()[0], score=1.0)
+    scores = {"vt": (40, {"full": 1.0, "cacheclip": 0.5, "naive": 0.0}),
+              "niah_single_1": (4, {"full": 1.0, "cacheclip": 0.5, "naive": 1.0})}
+    made = cells([replace(first, task=task, sample=f"s{i}", method=method, score=score, ratio=None)
+                  for task, (count, by) in scores.items() for method, score in by.items() for i in range(count)])
+    lines = {line[0]: line for line in report.summary(made, "cacheclip")}
+    assert lines["naive"][5] == lines["cacheclip"][5] == "50.0"
+    assert lines["naive"][-1] == "+0.0 (1.000)"
+
+
 def test_runs_never_mix():
     other = [replace(r, score=0.0) if r.method != "full" else r for r in rows("r2", lengths=(4096,))]
     made = cells([*rows("r1", lengths=(4096,)), *other])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cacheclip_jax.errors import BadInput
-from eval.statistics import compare, kl_divergence, retention, retention_over, top1_agreement
+from eval.statistics import compare, compare_over, kl_divergence, retention, retention_over, top1_agreement
 
 
 def test_retention_is_the_ratio_of_means_not_the_mean_of_ratios():
@@ -65,6 +65,29 @@ def test_a_clear_difference_is_found_and_none_is_not(test):
 def test_the_sign_flip_test_is_exact_for_few_samples():
     # Of the 2**3 signs of (1, 1, 1) only +++ and --- are as extreme.
     assert compare([1, 1, 1], [0, 0, 0]).p_value == pytest.approx(2 / 8)
+    assert compare([1], [0]).p_value == 1
+
+
+@pytest.mark.parametrize("test", ["sign-flip", "bootstrap"])
+def test_a_comparison_over_tasks_weighs_tasks_the_same_however_many_samples_they_have(test):
+    large = np.random.default_rng(3).normal(0.3, 0.4, 300), np.zeros(300)
+    small = np.tile([-0.7, 0.1], 5), np.zeros(10)
+    large_alone, both = (compare_over(tasks, test=test) for tasks in ([large], [large, small]))
+    means = [np.mean(a - b) for a, b in (large, small)]
+    assert both.difference == pytest.approx(np.mean(means), abs=1e-12) and both.n == 310
+    assert large_alone == compare(*large, test=test) and large_alone.p_value < 0.01
+    pooled = compare(*map(np.concatenate, zip(large, small, strict=True)), test=test)
+    assert pooled.difference > 0.2 and pooled.p_value < 0.01 and both.p_value > 0.5
+    assert compare_over([large, ([], [])], test=test) == large_alone
+    assert np.isnan(compare_over([([], [])], test=test).p_value)
+
+
+def test_a_comparison_over_tasks_is_exact_for_few_samples():
+    # Only the mean of means of ++++ ++ is 1, and of ---- -- is -1: 2 of 2**6 signs. In a task of one sample, the signs
+    # of the other's differences of 1/4 never reach its own: half of all are as high.
+    assert compare_over([([1] * 4, [0] * 4), ([1] * 2, [0] * 2)]).p_value == pytest.approx(2 / 64)
+    assert compare_over([([0.25] * 4, [0] * 4), ([1], [0.5])]).p_value == pytest.approx(2 / 32)
+    assert compare_over([([0.25] * 4, [0.5] * 4), ([1], [0.5])]).p_value == pytest.approx(1)
 
 
 def test_kl_is_the_textbook_sum_and_zero_for_a_shift_of_the_logits():
