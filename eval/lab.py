@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ class ResidentSide:
 
     def behind(self, lead_in: str) -> ResidentSide:
         """The same with chunks encoded behind a lead-in."""
-        ids = PromptFormat(lead_in=lead_in).lead_in_ids(self.model.tokenizer)
+        ids = _lead_in_ids(self.model.tokenizer, lead_in)
         return ResidentSide(self.model, replace(self.prompt, lead_in=ids), self.slots)
 
     @property
@@ -179,6 +179,11 @@ class ResidentSide:
 
     def watch(self, stage: str, array: jax.Array, since: float | str | None = None) -> None:
         """No stages are timed here."""
+
+
+@lru_cache(maxsize=8)
+def _lead_in_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return PromptFormat(lead_in=text).lead_in_ids(tokenizer)
 
 
 class ResidentFeed:

@@ -10,7 +10,7 @@ from cacheclip_jax.errors import BadInput, ContextTooLong
 from cacheclip_jax.methods import AuxGuided, CacheBlend, Full, Naive, Prefix, ProphetKV, SpecPrefill
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.online import execute
-from cacheclip_jax.prompt import LEAD_IN
+from cacheclip_jax.prompt import LEAD_IN, PromptFormat
 from cacheclip_jax.store import ChunkStore, Passage
 from eval.lab import Lab, format_of, frame_tokens, prompt_of, request
 from eval.tasks import Sample
@@ -72,6 +72,14 @@ def test_a_method_does_the_same_behind_a_lead_in(lab, method, changes):
     assert max_diff(execute(over, plan, method.caches).logits, wanted.logits) < 1e-3
     plain = engine(lab, asked).prefill(asked.question, list(map(Passage.make, asked.context)), method=method)
     assert (max_diff(wanted.logits, plain.logits) > 1e-2) == (method.name == "cacheclip")
+
+
+def test_a_lead_in_is_tokenised_once_for_each_model(lab):
+    first, second = (lab.sides(sample(question=asked), 2048, 8).behind(LEAD_IN) for asked in ("Who?", "Where?"))
+    for one, other in ((first.primary, second.primary), (first.aux, second.aux)):
+        assert one.prompt.lead_in is other.prompt.lead_in
+        assert one.prompt.lead_in == PromptFormat(lead_in=LEAD_IN).lead_in_ids(one.model.tokenizer)
+    assert first.primary.prompt.lead_in != first.aux.prompt.lead_in
 
 
 def test_the_lab_tells_methods_apart(lab):
