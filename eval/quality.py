@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from rich.progress import (
@@ -188,8 +187,6 @@ def run(config: ConfigDict) -> Path | None:
     """Run an evaluation; its file of rows, or None where `budget_seconds` were over before. Raises BadInput for what a
     config can't ask, and for a run that is finished."""
     until = time.monotonic() + config.budget_seconds if config.budget_seconds else float("inf")
-    if jax.default_backend() == "cpu" and config.dtype != "float32":
-        raise BadInput(f"dtype={config.dtype}: XLA decodes batches on a CPU in float32 only, so give dtype=float32")
     if config.judged < 1:
         raise BadInput(f"judged={config.judged} is out of range: 1 or more tokens")
     asked = jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,

@@ -61,9 +61,11 @@ def test_rows_never_see_later_slots(name):
         assert max_diff(changed[: t + 1], before[: t + 1]) == 0
 
 
-def test_bfloat16_stays_near_the_reference():
-    args = inputs(32, 200, 4, 2, 64, dtype=jnp.bfloat16)
-    assert max_diff(jax.jit(row_attention)(*args), REFERENCE(*args)) < 0.03
+@pytest.mark.parametrize("T", [1, 32])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_bfloat16_stays_near_the_reference(name, T):
+    args = inputs(T, 200, 4, 2, 64, dtype=jnp.bfloat16)
+    assert max_diff(IMPLEMENTATIONS[name](*args), REFERENCE(*args)) < 0.03
 
 
 def test_memory_grows_with_the_block_and_not_with_rows_times_slots():

@@ -6,6 +6,7 @@ import pytest
 from cacheclip_jax import CacheClip
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import Full, make
+from cacheclip_jax.model.load import load_model
 from cacheclip_jax.online import execute
 from cacheclip_jax.plan import Discount, Plan, Reshape
 from cacheclip_jax.select import Budget
@@ -88,6 +89,13 @@ def test_full_attention_agrees_with_itself_and_others_less(answers):
     told, _ = answers
     assert told["full", 12].top1 == 1 and told["full", 12].kl < 1e-5
     assert told["naive", 12].kl > told["cacheclip", 12].kl > 1e-3
+
+
+def test_bfloat16_judges_and_answers_as_float32_but_for_rounding(answers, long_pair):
+    told, _ = run(Lab(load_model(long_pair[0], dtype="bfloat16"), None), 4, [METHODS[0], METHODS[4]])
+    for tag, answer in told.items():
+        assert answer.kl_first_token == pytest.approx(answers[0][tag].kl_first_token, abs=0.01, rel=0.2)
+    assert told["full", 12].kl < 0.01 and told["full", 12].ids
 
 
 def test_the_reference_is_full_attentions_answer(answers, clip):

@@ -19,6 +19,7 @@ from cacheclip_jax.plan import Reshape
 from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import select
 from cacheclip_jax.store import ChunkStore, Passage
+from tests.conftest import max_diff
 from tests.engine import QUESTION, TEXTS
 from tests.resident import of_context, request
 
@@ -101,6 +102,15 @@ def test_ape_without_reshaping_reads_one_chunk_like_full_prefill_and_differs_wit
                              for method in (Ape(Reshape(1.0, 1.0)), Ape(), "full"))
     np.testing.assert_allclose(plain, full, atol=1e-4)
     assert np.abs(reshaped - full).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.3)])
+def test_ape_and_specprefill_answer_in_any_dtype_and_change_nothing_where_there_is_nothing_to_change(pair, dtype, near):
+    clip = CacheClip(*(load_model(path, dtype=dtype) for path in pair), ChunkStore.open(f"memory://methods-{dtype}"))
+    full = clip.prefill(QUESTION, TEXTS[:1], method="full").logits
+    for method in (Ape(Reshape(1.0, 1.0)), SpecPrefill(Budget(ratio=1.0))):
+        assert max_diff(clip.prefill(QUESTION, TEXTS[:1], method=method).logits, full) < near
+        assert ask(clip, method.name).token_ids
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(NEED_AUX)))

@@ -292,17 +292,18 @@ def test_parallel_chunks_share_their_positions_and_the_question_follows_the_long
         0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14])
 
 
+@pytest.mark.parametrize("dtype, near", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("T", [1, 5, 70])
-def test_reshaping_by_one_and_one_is_row_attention(T):
+def test_reshaping_by_one_and_one_is_row_attention(T, dtype, near):
     cfg, rng = TINY["qwen2"], np.random.default_rng(T)
-    q = rng.standard_normal((T, cfg.num_heads, cfg.head_dim), np.float32)
-    k, v = rng.standard_normal((2, cfg.num_kv_heads, 90, cfg.head_dim), np.float32)
+    q = jnp.asarray(rng.standard_normal((T, cfg.num_heads, cfg.head_dim)), dtype)
+    k, v = jnp.asarray(rng.standard_normal((2, cfg.num_kv_heads, 90, cfg.head_dim)), dtype)
     slots = np.append(np.arange(20, 20 + T - T // 5), np.full(T // 5, -1)).astype(np.int32)
     for between in ((0, 0), (3, 17)):
         context = Context.of(*between, Reshape(1.0, 1.0))
         for bias in (None, np.linspace(-3, 1, 90, dtype=np.float32)):
             expected = row_attention_reference(q, k, v, slots, bias)
-            assert max_diff(reshaped(q, k, v, slots, context, bias), expected) < 1e-5
+            assert max_diff(reshaped(q, k, v, slots, context, bias), expected) < near
 
 
 @pytest.mark.parametrize("wrong", [dict(temperature=0.0), dict(scale=-1.0), dict(scale=float("inf"))], ids=str)

@@ -28,7 +28,8 @@ def dense_with_weights(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Fl
     s = jnp.where(jnp.arange(S) <= jnp.maximum(positions, 0)[:, None], s, -jnp.inf)
     p = jnp.exp(s - s.max(-1, keepdims=True))
     total = p.sum(-1, keepdims=True)
-    out = jnp.einsum("kgts,ksh->tkgh", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact)
-    out /= total.transpose(2, 0, 1, 3)
-    out = jnp.where(positions[:, None, None] >= 0, out.reshape(T, N, H), 0).astype(q.dtype)
+    # Transposed afterwards: for "tkgh" einsum swaps the operands, and XLA:CPU has no such product in bfloat16.
+    out = jnp.einsum("kgts,ksh->kgth", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact)
+    out = (out / total).transpose(2, 0, 1, 3).reshape(T, N, H)
+    out = jnp.where(positions[:, None, None] >= 0, out, 0).astype(q.dtype)
     return out, (p / total).transpose(2, 0, 1, 3).reshape(T, N, S)

@@ -45,7 +45,8 @@ def _dense(q, k, v, slots, reshape, bias):
     outside = jax.nn.logsumexp(jnp.where(context, _MASKED, s), -1, keepdims=True)
     merged = inside * reshape.scale * reshape.temperature
     both = jnp.logaddexp(merged, outside)
-    # Each slot's share of its part times the part's share of all: one product with V instead of two.
+    # Each slot's share of its part times the part's share of all: one product with V instead of two, written as in
+    # `dense` for the sake of bfloat16.
     p = jnp.exp(s + jnp.where(context, merged - inside, 0) - both)
-    out = jnp.einsum("kgts,ksh->tkgh", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact)
-    return jnp.where(slots[:, None, None] >= 0, out.reshape(T, N, H), 0).astype(q.dtype)
+    out = jnp.einsum("kgts,ksh->kgth", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact)
+    return jnp.where(slots[:, None, None] >= 0, out.transpose(2, 0, 1, 3).reshape(T, N, H), 0).astype(q.dtype)
