@@ -53,7 +53,7 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     """A plan that recomputes the groups which a signal ranks highest, until the budget is spent.
 
     Where that bounds the number of rows, one program goes from the scores to the rows, and what it needs beside them is
-    on its way to the device before the signal makes any cache load.
+    sent to the device before the signal is asked for.
     """
     side, prompt = request.primary, request.prompt
     most = at_most(prompt.context_tokens, budget, grouping)
