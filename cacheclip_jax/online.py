@@ -173,6 +173,7 @@ class Asked(NamedTuple):
     weights: list[Float[Any, "B N"] | None]  # of each block's heads
     count: Float[Any, ""]  # of scored layers
     prefix: Int[Any, ""]  # the slot where the context begins
+    embedded: Rows | None = None  # the rows themselves, where they go over chunk caches; scoring uses them up
 
     @property
     def rows(self) -> tuple[Any, Any, Any]:
@@ -181,7 +182,7 @@ class Asked(NamedTuple):
 
 
 def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
-    """Send a question to the device for `question_scores`, all of it at once and ahead of the caches."""
+    """Send a question to the device for `question_scores`, all of it at once, then let the side's caches follow."""
     prompt, model, cfg, end = side.prompt, side.model, side.model.config, len(side.prompt.ids)
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
@@ -196,7 +197,10 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
     asked = Asked(*padded(read, positions, side.rows(len(read), "question")), known, np.zeros(side.slots, np.float32),
                   [None if weights is None else weights[b.start : b.stop] for b in blocks],
                   np.float32(len(scoring.layer_indices(cfg.num_layers))), np.int32(len(prompt.prefix)))
-    return jax.device_put(asked, side.sharding)
+    asked = jax.device_put(asked, side.sharding)
+    side.release()
+    # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
+    return asked if feed is None else asked._replace(embedded=embed_rows(model.asking.outer, asked.ids))
 
 
 def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None) -> Float[Array, "C"]:
@@ -211,7 +215,7 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
         x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
         kept = list(zip(cache.k, cache.v, strict=True))
     else:
-        x, total, kept = embed_rows(params.outer, asked.ids), asked.total, []
+        x, total, kept = asked.embedded, asked.total, []
         for number, block in enumerate(up_to(feed.blocks, depth)):
             given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,
                      tuple(layer in wanted for layer in block), asked.positions, asked.known, feed.take(number),

@@ -109,9 +109,7 @@ class Request:
         started, aux = time.perf_counter(), self.aux
         depth = scoring.layers_run(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
-        asked = ask(aux, scoring, feed)
-        aux.release()
-        return started, feed, asked
+        return started, feed, ask(aux, scoring, feed)
 
     def _aux_scores(self, scoring: Scoring) -> Scores:
         started, feed, asked = self._asked_aux(scoring)
