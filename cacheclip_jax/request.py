@@ -114,8 +114,7 @@ class Request:
     def _aux_scores(self, scoring: Scoring) -> Scores:
         started, feed, asked = self._asked_aux(scoring)
         self.primary.begin()
-        scores = question_scores(self.aux, scoring, asked, feed)
-        self.primary.release()
+        scores = question_scores(self.aux, scoring, asked, feed, self.primary.release)
         return self._for_context(self.aux, scores, started)
 
     def _aux_lookahead(self, steps: int, pool: int) -> Scores:
