@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.alone import alone_span
@@ -195,13 +197,23 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
         positions = np.arange(len(read))
         known = np.array([len(prompt.prefix), prompt.question_start], np.int32)
     weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
-    asked = Asked(*padded(read, positions, side.rows(len(read), "question")), known, np.zeros(side.slots, np.float32),
-                  [None if weights is None else weights[b.start : b.stop] for b in blocks],
-                  np.float32(len(scoring.layer_indices(cfg.num_layers))), np.int32(len(prompt.prefix)))
-    asked = jax.device_put(asked, side.sharding)
+    total, count, prefix = _constants(side.slots, len(scoring.layer_indices(cfg.num_layers)), len(prompt.prefix),
+                                      side.sharding)
+    ids, positions, known, given = jax.device_put(
+        (*padded(read, positions, side.rows(len(read), "question")), known,
+         [None if weights is None else weights[b.start : b.stop] for b in blocks]), side.sharding)
+    asked = Asked(ids, positions, known, total, given, count, prefix)
     side.release()
     # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
     return asked if feed is None else asked._replace(embedded=embed_rows(model.asking.outer, asked.ids))
+
+
+@lru_cache(maxsize=64)
+def _constants(slots: int, layers: int, prefix: int, sharding: Sharding
+               ) -> tuple[Float[Array, "S"], Float[Array, ""], Int[Array, ""]]:
+    """On the device what scoring reads that no question changes: no attention yet, how many layers are scored, and where
+    the context begins."""
+    return jax.device_put((np.zeros(slots, np.float32), np.float32(layers), np.int32(prefix)), sharding)
 
 
 def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None,
