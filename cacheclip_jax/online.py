@@ -211,8 +211,8 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
 @lru_cache(maxsize=64)
 def _constants(slots: int, layers: int, prefix: int, sharding: Sharding
                ) -> tuple[Float[Array, "S"], Float[Array, ""], Int[Array, ""]]:
-    """On the device what scoring reads that no question changes: no attention yet, how many layers are scored, and where
-    the context begins."""
+    """On the device what scoring reads that no question changes: no attention yet, how many layers are scored, and
+    where the context begins."""
     return jax.device_put((np.zeros(slots, np.float32), np.float32(layers), np.int32(prefix)), sharding)
 
 
