@@ -220,21 +220,21 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
                     arrived: Callable[[], None] = lambda: None) -> Float[Array, "C"]:
     """Attention of the question to every context token, anything after them up to their bucket: over chunk caches that
     are still arriving, or without a `feed` over the model's own prefill of the whole prompt. `arrived` is called when
-    all that scoring reads is on the device."""
+    these are all there, unless scoring sends more after them."""
     cfg, params, how = side.model.config, side.model.asking, side.model.attention.name
     weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
     depth, size = scoring.layers_run(cfg.num_layers), bucket(side.prompt.context_tokens)
     if feed is None:
         _, cache = prefill(side, side.prompt.question_start)
-        arrived()
         cache = KVCache(cache.k[:depth], cache.v[:depth])
         x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
         kept = list(zip(cache.k, cache.v, strict=True))
     else:
+        assert asked.embedded is not None
         x, total, kept = asked.embedded, asked.total, []
         for number, block in enumerate(up_to(feed.blocks, depth)):
             rows = feed.take(number)
-            if block.stop >= depth:
+            if block.stop == depth and not scoring.further:
                 arrived()
             given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,
                      tuple(layer in wanted for layer in block), asked.positions, asked.known, rows, feed.where, total,

@@ -23,6 +23,8 @@ from cacheclip_jax.recompute import LayerCache
 from cacheclip_jax.score import Scoring, context_scores, map_scores
 from cacheclip_jax.side import Kept, LayerFeed, Side
 
+AskedAux = tuple[float, LayerFeed | None, Asked]  # when, and what `question_scores` takes
+
 
 class Request:
     """The primary's prompt, and signals of both models over it.
@@ -54,10 +56,10 @@ class Request:
         device when the aux model's are there."""
         return self.once(("aux_scores", scoring), lambda: self._aux_scores(scoring))
 
-    def ask_aux(self, scoring: Scoring) -> None:
-        """Begin what `aux_scores` goes on with: send the question to the aux model, its caches behind it. The caller
+    def ask_aux(self, scoring: Scoring) -> AskedAux:
+        """Send the question to the aux model, its caches behind it. `aux_scores` does so too; who calls this before
         prepares meanwhile what comes after the scores."""
-        self._asked_aux(scoring)
+        return self.once(("ask_aux", scoring), lambda: self._ask_aux(scoring))
 
     def aux_lookahead(self, steps: int, pool: int) -> Scores:
         """Attention of `steps` tokens that the aux model drafts after a full prefill of its own; see `lookahead.py`."""
@@ -102,19 +104,17 @@ class Request:
             self._kept[behind] = Kept(self.feed(behind))
         return self._kept[behind]
 
-    def _asked_aux(self, scoring: Scoring) -> tuple[float, LayerFeed | None, Asked]:
-        return self.once(("asked_aux", scoring), lambda: self._ask_aux(scoring))
-
-    def _ask_aux(self, scoring: Scoring) -> tuple[float, LayerFeed | None, Asked]:
+    def _ask_aux(self, scoring: Scoring) -> AskedAux:
         started, aux = time.perf_counter(), self.aux
         depth = scoring.layers_run(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
         return started, feed, ask(aux, scoring, feed)
 
     def _aux_scores(self, scoring: Scoring) -> Scores:
-        started, feed, asked = self._asked_aux(scoring)
+        started, feed, asked = self.ask_aux(scoring)
         self.primary.begin()
         scores = question_scores(self.aux, scoring, asked, feed, self.primary.release)
+        self.primary.release()  # where scoring sent more until now
         return self._for_context(self.aux, scores, started)
 
     def _aux_lookahead(self, steps: int, pool: int) -> Scores:
