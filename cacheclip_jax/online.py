@@ -185,7 +185,7 @@ class Asked(NamedTuple):
 
 
 def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
-    """Send a question to the device for `question_scores`, all of it at once, then let the side's caches follow."""
+    """Send a question to the device for `question_scores`, all of it at once; the first of the side's caches follow."""
     prompt, model, cfg, end = side.prompt, side.model, side.model.config, len(side.prompt.ids)
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
@@ -203,7 +203,7 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
         (*padded(read, positions, side.rows(len(read), "question")), known,
          [None if weights is None else weights[b.start : b.stop] for b in blocks]), side.sharding)
     asked = Asked(ids, positions, known, total, given, count, prefix)
-    side.release()
+    side.release(first=True)
     # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
     return asked if feed is None else asked._replace(embedded=embed_rows(model.asking.outer, asked.ids))
 

@@ -146,7 +146,7 @@ def test_the_primarys_caches_follow_the_aux_models_and_all_that_scoring_sends(qw
     for name in ("last_span_scores", "refine"):
         program = getattr(online, name)
         monkeypatch.setattr(online, name, lambda *args, name=name, program=program: seen.append(name) or program(*args))
-    monkeypatch.setattr(r.aux, "release", lambda: seen.append("question"), raising=False)
+    monkeypatch.setattr(r.aux, "release", lambda first: seen.append("question"), raising=False)
     monkeypatch.setattr(r.primary, "release", lambda: seen.append("primary's caches"), raising=False)
     scoring = Scoring(layers="all", second_pass=share)
     r.ask_aux(scoring)
