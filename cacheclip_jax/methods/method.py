@@ -58,10 +58,11 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     side, prompt = request.primary, request.prompt
     most = at_most(prompt.context_tokens, budget, grouping)
     if most is None or isinstance(grouping, Windows):
+        discount = jax.device_put(discount, side.sharding)
         scores = signal()
         chosen = select_on_device(rank(scores, prompt.chunks, ranking), prompt.chunk_lengths, budget, grouping,
                                   prompt.chunks, heads_of_chunks)
-        return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=jax.device_put(discount, side.sharding))
+        return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
     groups = Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
     ids, bounds, groups, discount = jax.device_put((*prompt.in_slots(side.slots), groups, discount), side.sharding)
     scores = signal()
