@@ -62,14 +62,15 @@ def placement(cfg: ModelConfig, slots: int, lengths: Sequence[int], offsets: Seq
     `offsets` says at which row each part begins, -1 for one that isn't there (its slots are free); by default they
     follow one another from row 0.
     """
-    tokens = np.asarray(lengths, np.int64)
-    rows = 2 * cfg.num_kv_heads * tokens
-    begins = np.cumsum(rows) - rows if offsets is None else np.asarray(offsets, np.int64)
+    tokens = np.asarray(lengths, np.int32)
+    starts = np.cumsum(tokens, dtype=np.int32) - tokens
+    begins = 2 * cfg.num_kv_heads * starts if offsets is None else np.asarray(offsets, np.int32)
     total = int(tokens.sum())
     first, stride = np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
-    within = np.arange(total) - np.repeat(np.cumsum(tokens) - tokens, tokens)
-    first[:total] = np.where(np.repeat(begins, tokens) < 0, -1, np.repeat(begins, tokens) + within)
+    first[:total] = np.arange(total, dtype=np.int32) + np.repeat(begins - starts, tokens)
     stride[:total] = np.repeat(tokens, tokens)
+    for start, count in zip(starts[begins < 0], tokens[begins < 0], strict=True):
+        first[start : start + count] = -1
     return Placement(first, stride)
 
 

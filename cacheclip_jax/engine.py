@@ -222,12 +222,19 @@ class CacheClip:
         fetched = Fetched(warnings=[f"{n} wasn't used: the method {method.name} recomputes a fixed share"
                                     for n in unused])
         primary = StoreSide(self.primary, chosen, prompt, slots, self._pool, clock, fetched, method.caches)
-        request = Request(primary, lambda: self._aux_side(method.name, chosen, question, clock, fetched))
+        sides = [primary]
+
+        def aux() -> StoreSide:
+            sides.append(self._aux_side(method.name, chosen, question, clock, fetched))
+            return sides[-1]
+
+        request = Request(primary, aux)
         try:
             plan = method.plan(request)
             done = execute(request, plan, method.caches)
         finally:
-            primary.stop()
+            for side in sides:
+                side.stop()
         clock.watch("recompute", done.logits, "select")
         return Prefill(prompt, tuple(chosen), method.name, plan, done.logits, done.cache, done.tail, fetched, clock,
                        compiled)

@@ -87,12 +87,12 @@ class BlockLoader:
     says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged, for
     the blocks that weren't sent yet; it is called once a chunk. No copy is started before `release` or the first
     `take`: small inputs of what is computed before, of scoring and selection, would wait in the bus behind all that is
-    sent.
+    sent, and larger ones hold up who sends them.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, copier: Copier, sources: Sequence[Source], blocks: int,
                  ahead: int, repair: Callable[[int, ChunkCorrupt], HostChunk]):
-        self._released = Event()
+        self._first, self._released = Event(), Event()
         self._copier, self._sources, self._ahead, self._repair = copier, list(sources), ahead, repair
         self._chunks: list[list[HostChunk]] = []  # of each block, held until no copy reads them
         self._sent = [Event() for _ in range(blocks)]
@@ -101,9 +101,11 @@ class BlockLoader:
         self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each block computed one that is ready then
         pool.submit(self._run)
 
-    def release(self) -> None:
-        """Let copies to the device begin."""
-        self._released.set()
+    def release(self, first: bool = False) -> None:
+        """Let copies to the device begin, or that of the `first` block alone."""
+        self._first.set()
+        if not first:
+            self._released.set()
 
     def take(self, number: int) -> Any:
         """What the copier gives for a block, as soon as it does. Each block can be taken once.
@@ -127,7 +129,7 @@ class BlockLoader:
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
-        for event in (*self._sent, self._released):
+        for event in (*self._sent, self._first, self._released):
             event.set()
         self._marks.put(None)
 
@@ -149,7 +151,7 @@ class BlockLoader:
     def _send(self) -> None:
         for number, sent in enumerate(self._sent):
             self._chunks.append([self._chunk(i, number) for i in range(len(self._sources))])
-            self._released.wait()
+            (self._released if number else self._first).wait()
             if self._error is not None:
                 raise self._error
             if number >= self._ahead:

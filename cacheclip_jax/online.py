@@ -5,12 +5,15 @@ Programs are dispatched a few layers each and the device runs behind: nothing he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.alone import alone_span
@@ -173,6 +176,7 @@ class Asked(NamedTuple):
     weights: list[Float[Any, "B N"] | None]  # of each block's heads
     count: Float[Any, ""]  # of scored layers
     prefix: Int[Any, ""]  # the slot where the context begins
+    embedded: Rows | None = None  # the rows themselves, where they go over chunk caches; scoring uses them up
 
     @property
     def rows(self) -> tuple[Any, Any, Any]:
@@ -181,7 +185,7 @@ class Asked(NamedTuple):
 
 
 def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
-    """Send a question to the device for `question_scores`, all of it at once and ahead of the caches."""
+    """Send a question to the device for `question_scores`, all of it at once; the first of the side's caches follow."""
     prompt, model, cfg, end = side.prompt, side.model, side.model.config, len(side.prompt.ids)
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
@@ -193,15 +197,30 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
         positions = np.arange(len(read))
         known = np.array([len(prompt.prefix), prompt.question_start], np.int32)
     weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
-    asked = Asked(*padded(read, positions, side.rows(len(read), "question")), known, np.zeros(side.slots, np.float32),
-                  [None if weights is None else weights[b.start : b.stop] for b in blocks],
-                  np.float32(len(scoring.layer_indices(cfg.num_layers))), np.int32(len(prompt.prefix)))
-    return jax.device_put(asked, side.sharding)
+    total, count, prefix = _constants(side.slots, len(scoring.layer_indices(cfg.num_layers)), len(prompt.prefix),
+                                      side.sharding)
+    ids, positions, known, given = jax.device_put(
+        (*padded(read, positions, side.rows(len(read), "question")), known,
+         [None if weights is None else weights[b.start : b.stop] for b in blocks]), side.sharding)
+    asked = Asked(ids, positions, known, total, given, count, prefix)
+    side.release(first=True)
+    # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
+    return asked if feed is None else asked._replace(embedded=embed_rows(model.asking.outer, asked.ids))
 
 
-def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None) -> Float[Array, "C"]:
+@lru_cache(maxsize=64)
+def _constants(slots: int, layers: int, prefix: int, sharding: Sharding
+               ) -> tuple[Float[Array, "S"], Float[Array, ""], Int[Array, ""]]:
+    """On the device what scoring reads that no question changes: no attention yet, how many layers are scored, and
+    where the context begins."""
+    return jax.device_put((np.zeros(slots, np.float32), np.float32(layers), np.int32(prefix)), sharding)
+
+
+def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None,
+                    arrived: Callable[[], None] = lambda: None) -> Float[Array, "C"]:
     """Attention of the question to every context token, anything after them up to their bucket: over chunk caches that
-    are still arriving, or without a `feed` over the model's own prefill of the whole prompt."""
+    are still arriving, or without a `feed` over the model's own prefill of the whole prompt. `arrived` is called when
+    these are all there, unless scoring sends more after them."""
     cfg, params, how = side.model.config, side.model.asking, side.model.attention.name
     weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
     depth, size = scoring.layers_run(cfg.num_layers), bucket(side.prompt.context_tokens)
@@ -211,11 +230,15 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
         x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
         kept = list(zip(cache.k, cache.v, strict=True))
     else:
-        x, total, kept = embed_rows(params.outer, asked.ids), asked.total, []
+        assert asked.embedded is not None
+        x, total, kept = asked.embedded, asked.total, []
         for number, block in enumerate(up_to(feed.blocks, depth)):
+            rows = feed.take(number)
+            if block.stop == depth and not scoring.further:
+                arrived()
             given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,
-                     tuple(layer in wanted for layer in block), asked.positions, asked.known, feed.take(number),
-                     feed.where, total, how)
+                     tuple(layer in wanted for layer in block), asked.positions, asked.known, rows, feed.where, total,
+                     how)
             if scoring.context == "alone":
                 x, total = alone_span(*given)
             elif scoring.further or block.stop < depth:

@@ -16,12 +16,14 @@ from cacheclip_jax.decode import padded_stop_ids
 from cacheclip_jax.early import early_attention, value_deviation
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.lookahead import lookahead_scores
-from cacheclip_jax.online import ask, first_layers, prefill, question_scores
+from cacheclip_jax.online import Asked, ask, first_layers, prefill, question_scores
 from cacheclip_jax.plan import Behind, Scores
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import LayerCache
 from cacheclip_jax.score import Scoring, context_scores, map_scores
 from cacheclip_jax.side import Kept, LayerFeed, Side
+
+AskedAux = tuple[float, LayerFeed | None, Asked]  # when, and what `question_scores` takes
 
 
 class Request:
@@ -53,6 +55,11 @@ class Request:
         """Attention of the question in the aux model. The primary's caches start to load at the same time, to the
         device when the aux model's are there."""
         return self.once(("aux_scores", scoring), lambda: self._aux_scores(scoring))
+
+    def ask_aux(self, scoring: Scoring) -> AskedAux:
+        """Send the question to the aux model, its caches behind it. `aux_scores` does so too; who calls this before
+        prepares meanwhile what comes after the scores."""
+        return self.once(("ask_aux", scoring), lambda: self._ask_aux(scoring))
 
     def aux_lookahead(self, steps: int, pool: int) -> Scores:
         """Attention of `steps` tokens that the aux model drafts after a full prefill of its own; see `lookahead.py`."""
@@ -97,20 +104,18 @@ class Request:
             self._kept[behind] = Kept(self.feed(behind))
         return self._kept[behind]
 
-    def _aux_scores(self, scoring: Scoring) -> Scores:
+    def _ask_aux(self, scoring: Scoring) -> AskedAux:
         started, aux = time.perf_counter(), self.aux
         depth = scoring.layers_run(aux.model.config.num_layers)
         feed = aux.feed("shared", depth) if scoring.context != "joint" else None
-        try:
-            asked = ask(aux, scoring, feed)
-            aux.release()
-            self.primary.begin()
-            scores = question_scores(aux, scoring, asked, feed)
-        finally:
-            if feed is not None:
-                feed.stop()
-        self.primary.release()
-        return self._for_context(aux, scores, started)
+        return started, feed, ask(aux, scoring, feed)
+
+    def _aux_scores(self, scoring: Scoring) -> Scores:
+        started, feed, asked = self.ask_aux(scoring)
+        self.primary.begin()
+        scores = question_scores(self.aux, scoring, asked, feed, self.primary.release)
+        self.primary.release()  # where scoring sent more until now
+        return self._for_context(self.aux, scores, started)
 
     def _aux_lookahead(self, steps: int, pool: int) -> Scores:
         started, aux = time.perf_counter(), self.aux

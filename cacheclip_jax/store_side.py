@@ -52,10 +52,10 @@ class StoreSide:
         if self._reuses is not None and not self._feeds:
             self._begun = self._load(self._reuses, self.model.config.num_layers, None)
 
-    def release(self) -> None:
-        """Let copies of every feed begin."""
+    def release(self, first: bool = False) -> None:
+        """Let copies of every feed begin, or those of its `first` block alone."""
         for feed in self._feeds:
-            feed.release()
+            feed.release(first)
 
     def rows(self, count: int, stage: Stage) -> int:
         """The bucket that holds `count` rows."""

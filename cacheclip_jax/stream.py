@@ -27,6 +27,7 @@ class AnswerStream:
         self._greedy = sampling.temperature == 0
         self._state = first_token(prefill.logits, prefill.tail.slot, jax.random.key(sampling.seed),
                                   *self._sampling, greedy=self._greedy)
+        self._state.token.copy_to_host_async()  # queued behind the program, not asked for when that is seen to be done
         self._first = int(self._state.token)
         self._ttft = prefill.clock.total()
         self._cache: KVCache | None = prefill.cache

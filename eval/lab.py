@@ -170,7 +170,7 @@ class ResidentSide:
     def begin(self) -> None:
         """Nothing is loaded here."""
 
-    def release(self) -> None:
+    def release(self, first: bool = False) -> None:
         """Nothing is held back here."""
 
     def rows(self, count: int, stage: Stage) -> int:

@@ -71,7 +71,8 @@ class ResidentSide:
     def begin(self) -> None:
         pass
 
-    release = begin
+    def release(self, first=False) -> None:
+        pass
 
     def rows(self, count: int, stage: str) -> int:
         return bucketed(count, stage)

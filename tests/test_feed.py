@@ -250,6 +250,14 @@ def test_nothing_is_copied_before_a_release_or_the_first_take(loading):
     assert loader.take(0) == 0 and sent.blocks[0] == 0
 
 
+def test_a_first_block_alone_is_released_and_the_others_with_the_first_take(loading):
+    loader, sent = loading
+    loader.release(first=True)
+    time.sleep(0.05)
+    assert sent.blocks == [0]
+    assert [loader.take(n) for n in range(2)] == [0, 1]
+
+
 def test_the_first_take_releases_too(loading):
     loader, _ = loading
     assert [loader.take(n) for n in range(2)] == [0, 1]

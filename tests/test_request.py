@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cacheclip_jax import online
 from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.attention import reshaped, row_attention_reference
 from cacheclip_jax.errors import BadInput
@@ -23,7 +24,7 @@ from cacheclip_jax.recompute import continuation_logits, rows_over_cached
 from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import Budget, select
 from tests.conftest import TINY, assembled, full_prefill, max_diff, rows, scores_over, stacked
-from tests.resident import SLOTS, by_hand, of_context, request
+from tests.resident import SLOTS, ResidentFeed, by_hand, of_context, request
 
 
 def context(prompt) -> slice:
@@ -133,6 +134,25 @@ def test_a_signal_is_computed_once_and_what_it_loaded_serves_what_follows(qwen2,
     scores = r.primary_scores(Scoring(layers="all"), "shared")
     execute(r, Plan(np.zeros(r.prompt.context_tokens, bool)), "shared")
     assert first is again and len(scores) == len(first) and len(loaded) == 1
+
+
+@pytest.mark.parametrize(("share", "expected"), [
+    (0.0, ["question", 0, 1, "primary's caches", "last_span_scores", "primary's caches"]),
+    (0.5, ["question", 0, 1, "refine", "primary's caches"]),
+])
+def test_the_primarys_caches_follow_the_aux_models_and_all_that_scoring_sends(qwen2, monkeypatch, share, expected):
+    r, seen, take = request(qwen2, aux=qwen2), [], ResidentFeed.take
+    monkeypatch.setattr(ResidentFeed, "take", lambda feed, number: seen.append(number) or take(feed, number))
+    for name in ("last_span_scores", "refine"):
+        program = getattr(online, name)
+        monkeypatch.setattr(online, name, lambda *args, name=name, program=program: seen.append(name) or program(*args))
+    monkeypatch.setattr(r.aux, "release", lambda first: seen.append("question"), raising=False)
+    monkeypatch.setattr(r.primary, "release", lambda: seen.append("primary's caches"), raising=False)
+    scoring = Scoring(layers="all", second_pass=share)
+    r.ask_aux(scoring)
+    assert seen == expected[:1]
+    r.aux_scores(scoring)
+    assert seen == expected
 
 
 @pytest.mark.parametrize("layer", [-1, 3])

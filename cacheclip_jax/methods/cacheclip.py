@@ -43,6 +43,7 @@ class AuxGuided(ByPrefix):
 
     def plan(self, request: Request) -> Plan:
         """The best groups by aux score, until the budget is spent."""
+        request.ask_aux(self.scoring)
         return best(request, lambda: request.aux_scores(self.scoring), self.budget, self.grouping,
                     ranking=self.ranking, heads_of_chunks=self.heads_of_chunks,
                     discount=Discount.of(request.prompt, self.prefix, self.discount))

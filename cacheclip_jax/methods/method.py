@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import jax
+import numpy as np
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Windows
@@ -52,20 +53,22 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     """A plan that recomputes the groups which a signal ranks highest, until the budget is spent.
 
     Where that bounds the number of rows, one program goes from the scores to the rows, and what it needs beside them is
-    on its way to the device before the signal makes any cache load.
+    sent to the device before the signal is asked for.
     """
     side, prompt = request.primary, request.prompt
     most = at_most(prompt.context_tokens, budget, grouping)
-    discount = jax.device_put(discount, side.sharding)
     if most is None or isinstance(grouping, Windows):
+        discount = jax.device_put(discount, side.sharding)
         scores = signal()
         chosen = select_on_device(rank(scores, prompt.chunks, ranking), prompt.chunk_lengths, budget, grouping,
                                   prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
     groups = Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
-    ids, bounds, groups = jax.device_put((*prompt.in_slots(side.slots), groups), side.sharding)
+    ids, bounds, groups, discount = jax.device_put((*prompt.in_slots(side.slots), groups, discount), side.sharding)
     scores = signal()
     ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking), prompt.context_tokens)
-    mask, rows = best_rows(side.model.params.outer, ids, bounds, jax.device_put(ranks, side.sharding), groups,
+    if isinstance(ranks, np.ndarray) or ranks.sharding != side.sharding:
+        ranks = jax.device_put(ranks, side.sharding)
+    mask, rows = best_rows(side.model.params.outer, ids, bounds, ranks, groups,
                            side.rows(most + len(prompt.question), "repair"))
     return Plan(mask, scores, most, dense_layers, discount=discount, rows=rows)
