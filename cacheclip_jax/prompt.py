@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cacheclip_jax.plan import Behind
 
 
-LEAD_IN_TOKENS = 256  # of a lead-in at most
+LEAD_IN_TOKENS = 512  # of a lead-in at most
 LEAD_IN = """The town library opens at nine and closes at six, except on Sundays, when the reading room is used for
 talks. Last spring a retired engineer spoke about bridges: how long they last, what the salt does to the
 bolts, and why the old ferry was kept for so many years after the first one was built. About forty people
@@ -33,6 +33,18 @@ beside the tram that used to climb to the upper station.
 Migrating birds rest on the northern shore in October. Counting them is done from two towers, early in the morning, by
 volunteers with telescopes. The numbers have fallen for ducks and risen for geese; nobody is sure of the reason, but
 milder winters in the east are thought to play a part.
+
+The reading of old maps is a patient trade. A river that has moved leaves a boundary behind it, and a road that was
+never built may be drawn as firmly as one that carries traffic every day. Surveyors copied one another, mistakes
+included, so that a village which burned down in one century was still being drawn in the next.
+
+Paper is made of fibres, water and pressure. The first mill in the valley used rags; later ones used straw, which made
+a brittle yellow sheet, and finally wood. Each change made books cheaper and shorter-lived. Librarians keep the worst
+of them in dark boxes and turn the pages with a strip of bone.
+
+Apples are stored in the north of the country until April. The cellar must be cool and a little damp, the fruit must
+not touch, and whoever goes down for one takes the worst, not the best. By spring every one that was taken had been the
+worst that day, and the cellar is empty.
 """
 
 

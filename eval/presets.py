@@ -26,7 +26,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "refined": {"scoring": Scoring(second_pass=0.1, look_ahead=8)},
     "chunk-heads": {"heads_of_chunks": 8},
     "no-prefix": {"prefix": "none"},
-    "no-discount": {"lead_in": True},
 }
 # Rivals with what helps them here too: chunks behind the shared prefix, or behind a lead-in as well.
 _CALIBRATED: dict[str, dict[str, Any]] = {
@@ -37,8 +36,9 @@ _CALIBRATED: dict[str, dict[str, Any]] = {
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "cacheclip": {
         "lead-in": {"lead_in": True},  # the default of `CacheClip.load`
-        **{name: {"discount": 0.0, **settings} for name, settings in _SETTINGS.items()},
-        "discount": {},  # the same without a lead-in
+        "no-discount": {"lead_in": True, "discount": 0.0},
+        "discount": {},  # the default without a lead-in
+        **{name: {"discount": 0.0, "grouping": Groups(8), **settings} for name, settings in _SETTINGS.items()},
     },
     "naive": {"none": {"prefix": "none"}, "lead-in": {"lead_in": True}},
     "prophetkv": {name: {"grouping": Groups(8), **settings} for name, settings in _CALIBRATED.items()},

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.groups import Grouping, Groups
+from cacheclip_jax.groups import Grouping, Sentences
 from cacheclip_jax.methods.method import ByPrefix, best
 from cacheclip_jax.plan import Behind, Discount, Plan
 from cacheclip_jax.ranking import Ranking
@@ -16,7 +16,8 @@ from cacheclip_jax.select import Budget
 
 @dataclass(frozen=True)
 class AuxGuided(ByPrefix):
-    """Recompute the groups of tokens that the aux model's attention ranks highest for the question.
+    """Recompute the groups of tokens that the aux model's attention ranks highest for the question: whole sentences or
+    lines, up to 96 tokens, so that no name or number is fresh in part.
 
     `heads_of_chunks` first tokens of every chunk are recomputed in any case, out of the same budget.
     `discount` nats are subtracted from attention to context tokens whose cache is stale: log 2, the default, lets them
@@ -26,7 +27,7 @@ class AuxGuided(ByPrefix):
 
     budget: Budget = field(default_factory=lambda: Budget(ratio=0.2))
     scoring: Scoring = field(default_factory=Scoring)
-    grouping: Grouping = field(default_factory=Groups)
+    grouping: Grouping = field(default_factory=lambda: Sentences(96))
     ranking: Ranking = field(default_factory=Ranking)
     heads_of_chunks: int = 0
     discount: float = math.log(2)
