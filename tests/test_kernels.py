@@ -120,6 +120,7 @@ def test_chosen_blocks_grow_with_the_rows_and_fit_shared_memory(H, T, K, consume
         blocks = blocks_for(H, T, S, K)
         assert blocks.consumers == consumers
         assert blocks.smem(H, interpretable=True) <= SMEM
+        assert blocks.smem(H, biased=True) <= SMEM
         biased = blocks_for(H, T, S, K, biased=True)
         assert biased.consumers == min(consumers, 2)
         assert biased.smem(H, biased=True) <= SMEM

@@ -72,8 +72,8 @@ def blocks_for(H: int, T: int, S: int, K: int, biased: bool = False) -> Blocks:
     """Blocks that suit a head dim, a number of folded rows (of one kv head), of slots and of kv heads.
 
     3 consumers where their tiles make 2 blocks a multiprocessor or more, else 2 that take turns; 1 for up to 64 rows.
-    H100, TFLOP/s at 28/4/128, bfloat16, 6553 rows of 32768, 2 stages of 128 slots: 660 with 3, 599 with 2; `biased`,
-    which takes registers that 3 don't have, 541 and 550.
+    H100, 2026-11-24, TFLOP/s at 28/4/128, bfloat16, 6553 rows of 32768, 2 stages of 128 slots: 662 with 3, 607 with 2.
+    `biased` blocks have at most 2: a number for each slot takes registers that 3 don't have.
     """
     sized = partial(Blocks, slots=64 if S <= 64 else 128, stages=4 if H == 64 else 2)
     if T <= 64:
@@ -89,9 +89,9 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     """Row attention (see `row_attention`) on a Hopper GPU, for float16 and bfloat16 and head dims 64 and 128.
 
     K and V are copied if S is less than a block has or no multiple of 8: caches are best padded to multiples of 8.
-    `interpretable` takes P to the second product through shared memory, adds P V outside it and fences what is read of
-    the bias, which is what Pallas' interpreter for CPUs knows; the rest of the kernel is the same. Raises
-    NotImplementedError for other types and head dims, ValueError for blocks that don't fit.
+    `interpretable` takes P to the second product through shared memory and adds P V outside it, which is what Pallas'
+    interpreter for CPUs knows; the rest of the kernel is the same. Raises NotImplementedError for other types and head
+    dims, ValueError for blocks that don't fit.
     """
     T, N, H = q.shape
     K, S, _ = k.shape
@@ -209,8 +209,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool
             if biased:
                 bias = plgpu.load(smem.bias.at[stage_of(i)], layout=per_slot)
                 s = s * log2_scale + lax.broadcast_in_dim(bias, s.shape, [1])
-                if interpretable:  # the hardware orders reads before the arrival that lets the next copy begin
-                    plgpu.commit_smem()
+                plgpu.commit_smem()  # orders this read before the copy that uses the stage next
             plgpu.barrier_arrive(smem.k_used.at[stage_of(i)])
             return s
 
