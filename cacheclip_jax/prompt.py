@@ -81,7 +81,8 @@ class PromptFormat:
 
     def lead_in_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids of what stands between prefix and chunk while a chunk is encoded."""
-        return tokenizer.encode(nfc(self.lead_in)).ids[:LEAD_IN_TOKENS]
+        asked = self.instructions.strip().rpartition("\n")[2]
+        return tokenizer.encode(nfc(self.lead_in.replace("{instructions}", asked))).ids[:LEAD_IN_TOKENS]
 
     def chunk_ids(self, tokenizer: Tokenizer, passage: Passage) -> Encoded:
         """A chunk's ids, tokenised alone, and the character spans of its formatted text."""

@@ -32,7 +32,6 @@ from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.tokenizer import nfc
 from cacheclip_jax.online import execute, padded
-from cacheclip_jax.prompt import LEAD_IN
 from cacheclip_jax.recompute import continuation_logits
 from cacheclip_jax.stream import DECODE_STEPS, AnswerStream
 from eval.flat import Rule, cut
@@ -145,7 +144,7 @@ class CacheClipLM(LM):
         room += DECODE_STEPS
         slots = bucket(len(prompt_of(sample, model.tokenizer).ids) + room, *_SLOTS)
         sides = self._lab.sides(sample, slots, room)
-        over = request(sides.behind(LEAD_IN) if self._entry.lead_in else sides, self._entry.adapted)
+        over = request(sides.behind(self._entry.lead_in), self._entry.adapted)
         plan, method = self._entry.method.plan(over), self._entry.method
         done = execute(over, plan, method.caches)
         prefill = Prefill(over.prompt, (), method.name, plan, done.logits, done.cache, done.tail, Fetched(), clock,

@@ -10,6 +10,7 @@ from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Groups, Sentences, Windows
 from cacheclip_jax.methods import METHODS, Method
 from cacheclip_jax.model.adapter import Adapter
+from cacheclip_jax.prompt import LEAD_IN
 from cacheclip_jax.ranking import Ranking
 from cacheclip_jax.score import SCORINGS, Scoring
 from cacheclip_jax.select import Budget
@@ -49,13 +50,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 @dataclass(frozen=True)
 class Entry:
     """A column of an evaluation: a configured method, what reports call it, whether the finetuned aux model scores for
-    it, in place of the one that it was trained from, and whether chunks are encoded behind a lead-in."""
+    it, in place of the one that it was trained from, and the lead-in that chunks are encoded behind ("": none)."""
 
     method: Method
     preset: str
     ratio: float | None
     adapted: bool = False
-    lead_in: bool = False
+    lead_in: str = ""
 
     def __str__(self) -> str:
         ratio = "" if self.ratio is None else f"{self.ratio:.0%}"
@@ -75,8 +76,8 @@ def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[En
     """The columns of a config's entry: {"method": name, "preset": name, "ratios": (...), "label": ..., settings...}.
 
     Settings go over the preset's; where a setting is an object (scoring, grouping, ranking, budget) a dict of its
-    fields will do: {"size": 16} are groups, with `density` sliding windows, with `longest` sentences. `lead_in` says
-    whether chunks are encoded behind a lead-in. `label` is what
+    fields will do: {"size": 16} are groups, with `density` sliding windows, with `longest` sentences. `lead_in` is
+    the text that chunks are encoded behind, True the default one. `label` is what
     reports call it, the preset's name by default. `adapter` is the scoring of CacheClip's preset "adapter". Raises
     BadInput for an unknown method, preset or setting, and for that preset without an adapter.
     """
@@ -96,7 +97,8 @@ def entries(asked: Mapping[str, Any], adapter: Scoring | None = None) -> list[En
     if ratios and "budget" not in known:
         raise BadInput(f"the method {name} recomputes a fixed share of the context: leave ratios out")
     settings = {**named.get(preset, {}), **given}
-    lead_in = settings.pop("lead_in", False)
+    lead_in = settings.pop("lead_in", "")
+    lead_in = LEAD_IN if lead_in is True else lead_in or ""
     if ratios and "budget" in settings:
         raise BadInput(f"{name} {label}: give ratios or a budget, not both")
     try:

@@ -38,7 +38,7 @@ from cacheclip_jax.methods import Full
 from cacheclip_jax.model.adapter import Adapter
 from cacheclip_jax.online import Repaired, execute
 from cacheclip_jax.plan import Plan
-from cacheclip_jax.prompt import LEAD_IN, Prompt
+from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.request import Request
 from eval import machine
 from eval.batch_decode import first_tokens
@@ -108,10 +108,10 @@ class Evaluation:
         if not missing:
             return
         sides = self._lab.sides(sample, slots, max(sample.max_new_tokens, self._config.judged))
-        led = sides.behind(LEAD_IN)
-        shared = {(e.adapted, e.lead_in): request(led if e.lead_in else sides, e.adapted) for e in (FULL, *missing)}
+        led = {"": sides} | {e.lead_in: sides.behind(e.lead_in) for e in missing if e.lead_in}
+        shared = {(e.adapted, e.lead_in): request(led[e.lead_in], e.adapted) for e in (FULL, *missing)}
         prompt = sides.primary.prompt
-        plan, repaired, times = self._first_logits(FULL, shared[False, False])
+        plan, repaired, times = self._first_logits(FULL, shared[False, ""])
         reference = first_tokens(self._lab.primary, repaired.logits, len(prompt.ids), repaired.cache,
                                  self._config.judged)
         for entry in missing:
@@ -119,7 +119,7 @@ class Evaluation:
                 try:
                     over = shared[entry.adapted, entry.lead_in]
                     if self._config.times:
-                        over = request(led if entry.lead_in else sides, entry.adapted)
+                        over = request(led[entry.lead_in], entry.adapted)
                     plan, repaired, times = self._first_logits(entry, over)
                 except Exception as e:
                     e.add_note(f"while {entry} answered {sample.id} of {job.name}")
