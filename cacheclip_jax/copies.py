@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 
 from cacheclip_jax.pages import HostChunk, PageLayout
 
-_HOST, _DEVICE, _NON_BLOCKING = 1, 2, 1
+_HOST, _DEVICE, _NON_BLOCKING, _DISABLE_TIMING = 1, 2, 1, 2
 
 
 class _Memcpy2D(ctypes.Structure):
@@ -44,10 +44,11 @@ class Stream:
     """A CUDA stream of one device, beside those of the runtime."""
 
     def __init__(self, device: jax.Device):
-        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._context, self._stream, self._event = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
         _check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device.local_hardware_id)
         self.enter()
         _check("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
+        _check("cuEventCreate", ctypes.byref(self._event), _DISABLE_TIMING)
 
     def enter(self) -> None:
         """Let the calling thread use this stream."""
@@ -58,6 +59,11 @@ class Stream:
         _check("cuMemcpy2DAsync_v2", ctypes.byref(_Memcpy2D(
             srcMemoryType=_HOST, srcHost=source, srcPitch=source_pitch, dstMemoryType=_DEVICE, dstDevice=target,
             dstPitch=target_pitch, WidthInBytes=width, Height=height)), self._stream, keep_lock=True)
+
+    def hold_up(self, other: int) -> None:
+        """Let another stream wait, on the device, for the copies that were asked for so far."""
+        _check("cuEventRecord", self._event, self._stream, keep_lock=True)
+        _check("cuStreamWaitEvent", ctypes.c_void_p(other), self._event, 0, keep_lock=True)
 
     def wait(self) -> None:
         """Wait until every copy is done."""
@@ -106,9 +112,10 @@ class RowBuffers:
             while len(self._free) > self.kept_sizes:
                 self._free.popitem(last=False)
 
-    def fill(self, buffer: jax.Array, block: int, chunks: Sequence[HostChunk], offsets: Sequence[int],
-             rows: Sequence[int]) -> None:
-        """Copy a block of layers of chunks to `buffer`, `rows[i]` rows a layer to row `offsets[i]`; waits for it."""
+    def filled(self, buffer: jax.Array, block: int, chunks: Sequence[HostChunk], offsets: Sequence[int],
+               rows: Sequence[int]) -> jax.Array:
+        """Start to copy a block of layers of chunks to `buffer`, `rows[i]` rows a layer to row `offsets[i]`. The array
+        that this gives is the same memory; who computes with it waits on the device until the copies are done."""
         row_bytes = self.layout.head_dim * self.layout.dtype.itemsize
         start, pitch = buffer.unsafe_buffer_pointer(), buffer.shape[1] * row_bytes
         for chunk, offset, count in zip(chunks, offsets, rows, strict=True):
@@ -117,4 +124,18 @@ class RowBuffers:
                 height, size = page.layers.shape
                 self.stream.copy(page.layers.ctypes.data, size, target, pitch, min(left, size), height)
                 target, left = target + size, left - size
-        self.stream.wait()
+        return jax.dlpack.from_dlpack(_Arriving(buffer, self.stream))
+
+
+class _Arriving:
+    """An array whose memory is still being written: for whoever takes it over by DLPack, which tells producers of the
+    consumer's stream."""
+
+    def __init__(self, buffer: Any, stream: Stream):
+        self._buffer, self._stream = buffer, stream
+        self.__dlpack_device__ = buffer.__dlpack_device__
+
+    def __dlpack__(self, *, stream: int | None, **options: Any) -> Any:
+        if stream is not None:
+            self._stream.hold_up(stream)
+        return self._buffer.__dlpack__(stream=stream, **options)

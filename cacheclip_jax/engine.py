@@ -228,7 +228,7 @@ class CacheClip:
             sides.append(self._aux_side(method.name, chosen, question, clock, fetched))
             return sides[-1]
 
-        request = Request(primary, aux)
+        request = Request(primary, aux, self._pool)
         try:
             plan = method.plan(request)
             done = execute(request, plan, method.caches)

@@ -78,10 +78,10 @@ class Feed:
                 pool, copier, sources, len(self.blocks), ahead,
                 repair=lambda i, e: caches.repair(passages, behind, accounting, parts[i] - 1, e))
 
-    def release(self, first: bool = False) -> None:
+    def release(self) -> None:
         """Let copies to the device begin; see BlockLoader."""
         if self._loader is not None:
-            self._loader.release(first)
+            self._loader.release()
 
     def take(self, number: int) -> jax.Array:
         """The rows [B, R, H] of the layers `blocks[number]`, each once, in order. Raises what went wrong in loading."""

@@ -58,18 +58,18 @@ class PageCopies:
 
 
 class RowCopies:
-    """Rows are copied to where they lie in a buffer on the device; gives the buffer."""
+    """Rows are copied to where they lie in a buffer on the device; gives the buffer, which the device waits for."""
 
     def __init__(self, buffers: RowBuffers, size: int, ahead: int, offsets: Sequence[int], rows: Sequence[int]):
         self._buffers, self._offsets, self._rows = buffers, offsets, rows
         self._ring = buffers.borrow(size, ahead)
 
     def send(self, number: int, chunks: Sequence[HostChunk]) -> jax.Array:
-        """Copy a block's rows."""
+        """Start to copy a block's rows when the block before is there: a call that asks for a copy holds Python's lock,
+        which the request's own thread wants too."""
         self._buffers.stream.enter()
-        buffer = self._ring[number % len(self._ring)]
-        self._buffers.fill(buffer, number, chunks, self._offsets, self._rows)
-        return buffer
+        self._buffers.stream.wait()
+        return self._buffers.filled(self._ring[number % len(self._ring)], number, chunks, self._offsets, self._rows)
 
     def finish(self) -> None:
         """Wait for the copies."""
@@ -86,13 +86,12 @@ class BlockLoader:
     `ahead` blocks at most lie on the device before their turn, which bounds what loading adds to its memory; `computed`
     says how far the device has come. `repair(index, error)` gives a chunk instead of one that turned out damaged, for
     the blocks that weren't sent yet; it is called once a chunk. No copy is started before `release` or the first
-    `take`: small inputs of what is computed before, of scoring and selection, would wait in the bus behind all that is
-    sent, and larger ones hold up who sends them.
+    `take`: small inputs of what is computed before would wait in the bus behind all that is sent.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, copier: Copier, sources: Sequence[Source], blocks: int,
                  ahead: int, repair: Callable[[int, ChunkCorrupt], HostChunk]):
-        self._first, self._released = Event(), Event()
+        self._released = Event()
         self._copier, self._sources, self._ahead, self._repair = copier, list(sources), ahead, repair
         self._chunks: list[list[HostChunk]] = []  # of each block, held until no copy reads them
         self._sent = [Event() for _ in range(blocks)]
@@ -101,11 +100,9 @@ class BlockLoader:
         self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each block computed one that is ready then
         pool.submit(self._run)
 
-    def release(self, first: bool = False) -> None:
-        """Let copies to the device begin, or that of the `first` block alone."""
-        self._first.set()
-        if not first:
-            self._released.set()
+    def release(self) -> None:
+        """Let copies to the device begin."""
+        self._released.set()
 
     def take(self, number: int) -> Any:
         """What the copier gives for a block, as soon as it does. Each block can be taken once.
@@ -129,7 +126,7 @@ class BlockLoader:
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
-        for event in (*self._sent, self._first, self._released):
+        for event in (*self._sent, self._released):
             event.set()
         self._marks.put(None)
 
@@ -151,7 +148,7 @@ class BlockLoader:
     def _send(self) -> None:
         for number, sent in enumerate(self._sent):
             self._chunks.append([self._chunk(i, number) for i in range(len(self._sources))])
-            (self._released if number else self._first).wait()
+            self._released.wait()
             if self._error is not None:
                 raise self._error
             if number >= self._ahead:

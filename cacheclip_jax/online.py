@@ -185,7 +185,7 @@ class Asked(NamedTuple):
 
 
 def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
-    """Send a question to the device for `question_scores`, all of it at once; the first of the side's caches follow."""
+    """Send a question to the device for `question_scores`, all of it at once; the side's caches follow."""
     prompt, model, cfg, end = side.prompt, side.model, side.model.config, len(side.prompt.ids)
     if scoring.look_ahead and end + scoring.look_ahead > cfg.max_positions:
         raise ContextTooLong(f"the prompt of {end} tokens and look_ahead={scoring.look_ahead} drafted ones don't fit "
@@ -203,7 +203,7 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
         (*padded(read, positions, side.rows(len(read), "question")), known,
          [None if weights is None else weights[b.start : b.stop] for b in blocks]), side.sharding)
     asked = Asked(ids, positions, known, total, given, count, prefix)
-    side.release(first=True)
+    side.release()
     # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
     return asked if feed is None else asked._replace(embedded=embed_rows(model.asking.outer, asked.ids))
 
@@ -242,8 +242,8 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
             if scoring.context == "alone":
                 x, total = alone_span(*given)
             elif scoring.further or block.stop < depth:
-                x, total, caches = score_span(*given, asked.weights[number])
-                kept += caches if scoring.further else ()
+                x, total, caches = score_span(*given, asked.weights[number], keep=scoring.further)
+                kept += caches
             else:
                 scores = last_span_scores(*given, asked.weights[number], asked.count, asked.prefix, size)
                 feed.computed(scores)

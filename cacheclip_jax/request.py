@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -34,9 +35,11 @@ class Request:
     what follows.
     """
 
-    def __init__(self, primary: Side, aux: Callable[[], Side]):
-        """`aux` gives the aux model's side, or raises what is wrong with it; it is called when first needed."""
+    def __init__(self, primary: Side, aux: Callable[[], Side], pool: ThreadPoolExecutor | None = None):
+        """`aux` gives the aux model's side, or raises what is wrong with it; it is called when first needed. `pool`
+        gives threads for what may be prepared aside."""
         self.primary = primary
+        self._pool = pool
         self._make_aux = aux
         self._signals: dict[Hashable, Any] = {}
         self._kept: dict[Behind, Kept] = {}
@@ -93,6 +96,14 @@ class Request:
             return self._kept[behind]
         return self.primary.feed(behind, self.primary.model.config.num_layers, wanted)
 
+    def aside[T](self, make: Callable[[], T]) -> Callable[[], T]:
+        """Begin to make something in another thread, where there are any: it runs while programs are launched, which
+        takes as long as they do for few rows. What this gives waits for the result."""
+        if self._pool is None:
+            made = make()
+            return lambda: made
+        return self._pool.submit(make).result
+
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives, computed when first asked for; for signals of methods' own too, under a key of theirs."""
         if key not in self._signals:
@@ -112,8 +123,11 @@ class Request:
 
     def _aux_scores(self, scoring: Scoring) -> Scores:
         started, feed, asked = self.ask_aux(scoring)
-        self.primary.begin()
-        scores = question_scores(self.aux, scoring, asked, feed, self.primary.release)
+        begun = self.aside(self.primary.begin)
+        try:
+            scores = question_scores(self.aux, scoring, asked, feed, self.primary.release)
+        finally:
+            begun()
         self.primary.release()  # where scoring sent more until now
         return self._for_context(self.aux, scores, started)
 

@@ -154,21 +154,21 @@ SCORINGS = {
 }
 
 
-@partial(jax.jit, static_argnames=("cfg", "scoring", "scored", "how"), donate_argnames="x")
+@partial(jax.jit, static_argnames=("cfg", "scoring", "scored", "how", "keep"), donate_argnames="x")
 def score_span(x: Float[Array, "T D"], layers: tuple[Layer, ...], cfg: ModelConfig, scoring: Scoring,
                scored: tuple[bool, ...], positions: Int[Array, "T"], last: Int[Array, ""], rows: Float[Array, "B R H"],
                where: Placement, total: Float[Array, "S"], how: str = "blocked",
-               weights: Float[Array, "B N"] | None = None
+               weights: Float[Array, "B N"] | None = None, keep: bool = False
                ) -> tuple[Float[Array, "T D"], Float[Array, "S"], tuple[LayerCache, ...]]:
     """A span of layers for the question's rows, over chunk caches just loaded. Attention in those that are `scored` is
-    added to `total`, which `layer_mean` makes a score in the end. Beside it, the assembled caches with the rows' own
-    keys and values in them."""
+    added to `total`, which `layer_mean` makes a score in the end. On demand beside it, the assembled caches with the
+    rows' own keys and values in them."""
     own, kept = row_of_slot(positions, where.first.shape[0]), []
     for nth, layer in enumerate(layers):
         q, kv = rows_over_loaded(x, layer, cfg, positions, rows[nth], where, own)
         attended, seen = _attend(q, kv, positions, last, scoring, scored[nth], how, _of(weights, nth))
         x, total = decoder.finish(x, attended, layer, cfg), total + seen
-        kept.append(kv)
+        kept += [kv] if keep else []
     return x, total, tuple(kept)
 
 

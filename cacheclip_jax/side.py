@@ -61,9 +61,8 @@ class Side(Protocol):
     def begin(self) -> None:
         """Hear that a feed of this side will be asked for, so that it may start to load to the host."""
 
-    def release(self, first: bool = False) -> None:
-        """Hear that small inputs, which would wait behind caches, are on their way: these may follow to the device; the
-        `first` block alone where more inputs are sent while it travels."""
+    def release(self) -> None:
+        """Hear that small inputs, which would wait behind caches, are on their way: these may follow to the device."""
 
     def rows(self, count: int, stage: Stage) -> int:
         """How many rows, padding included, a program for `count` rows has."""

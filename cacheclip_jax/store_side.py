@@ -30,6 +30,7 @@ class StoreSide:
         self._caches, self._passages, self._reuses = caches, passages, reuses
         self._pool, self._clock, self._accounting = pool, clock, accounting
         self._begun: Feed | None = None
+        self._released = False
         self._feeds: list[Feed] = []
 
     @property
@@ -52,10 +53,11 @@ class StoreSide:
         if self._reuses is not None and not self._feeds:
             self._begun = self._load(self._reuses, self.model.config.num_layers, None)
 
-    def release(self, first: bool = False) -> None:
-        """Let copies of every feed begin, or those of its `first` block alone."""
+    def release(self) -> None:
+        """Let copies of every feed begin, also of one that is begun only now."""
+        self._released = True
         for feed in self._feeds:
-            feed.release(first)
+            feed.release()
 
     def rows(self, count: int, stage: Stage) -> int:
         """The bucket that holds `count` rows."""
@@ -74,4 +76,6 @@ class StoreSide:
         feed = Feed(self._caches, self._passages, self.prompt.chunk_lengths, behind, self.slots, depth, self._pool,
                     self._clock, self._accounting, wanted)
         self._feeds.append(feed)
+        if self._released:
+            feed.release()
         return feed

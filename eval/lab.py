@@ -79,30 +79,26 @@ class Lab:
         primary = ResidentSide(self.primary, prompt_of(sample, self.primary.tokenizer), slots)
         _check(primary, sample, room)
         if self.aux is None:
-            return Sides(format_of(sample), primary)
+            return Sides(primary)
         prompt = prompt_of(sample, self.aux.tokenizer)
         slots = slots if len(prompt.ids) <= slots else bucket(len(prompt.ids), 1024)
         aux = ResidentSide(self.aux, prompt, slots)
         _check(aux, sample, 0)
-        return Sides(format_of(sample), primary, aux, None if self.adapted is None else ResidentSide(self.adapted, prompt, slots))
+        return Sides(primary, aux, None if self.adapted is None else ResidentSide(self.adapted, prompt, slots))
 
 
 @dataclass(frozen=True)
 class Sides:
     """The models' parts in a sample, as far as there are such models."""
 
-    words: PromptFormat
     primary: ResidentSide
     aux: ResidentSide | None = None
     adapted: ResidentSide | None = None
 
     def behind(self, lead_in: str) -> Sides:
         """The same with chunks encoded behind a lead-in, "" for none."""
-        if not lead_in:
-            return self
-        words = replace(self.words, lead_in=lead_in)
-        return Sides(words, self.primary.behind(words), self.aux and self.aux.behind(words),
-                     self.adapted and self.adapted.behind(words))
+        return Sides(self.primary.behind(lead_in), self.aux and self.aux.behind(lead_in),
+                     self.adapted and self.adapted.behind(lead_in)) if lead_in else self
 
 
 def request(sides: Sides, adapted: bool = False) -> Request:
@@ -152,9 +148,9 @@ class ResidentSide:
         self.model, self.prompt, self.slots = model, prompt, slots
         self._feeds: dict[Behind, ResidentFeed] = {}
 
-    def behind(self, words: PromptFormat) -> ResidentSide:
-        """The same with chunks encoded behind the lead-in of `words`."""
-        ids = _lead_in_ids(self.model.tokenizer, words)
+    def behind(self, lead_in: str) -> ResidentSide:
+        """The same with chunks encoded behind a lead-in."""
+        ids = _lead_in_ids(self.model.tokenizer, lead_in)
         return ResidentSide(self.model, replace(self.prompt, lead_in=ids), self.slots)
 
     @property
@@ -174,7 +170,7 @@ class ResidentSide:
     def begin(self) -> None:
         """Nothing is loaded here."""
 
-    def release(self, first: bool = False) -> None:
+    def release(self) -> None:
         """Nothing is held back here."""
 
     def rows(self, count: int, stage: Stage) -> int:
@@ -185,9 +181,9 @@ class ResidentSide:
         """No stages are timed here."""
 
 
-@lru_cache(maxsize=64)
-def _lead_in_ids(tokenizer: Tokenizer, words: PromptFormat) -> tuple[int, ...]:
-    return words.lead_in_ids(tokenizer)
+@lru_cache(maxsize=8)
+def _lead_in_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return PromptFormat(lead_in=text).lead_in_ids(tokenizer)
 
 
 class ResidentFeed:

@@ -71,7 +71,7 @@ class ResidentSide:
     def begin(self) -> None:
         pass
 
-    def release(self, first=False) -> None:
+    def release(self) -> None:
         pass
 
     def rows(self, count: int, stage: str) -> int:

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from cacheclip_jax import CacheClip, ChunkStore, Passage, copies, pages, request
+from cacheclip_jax.caches import Fetched
+from cacheclip_jax.clock import Clock
 from cacheclip_jax.errors import StoreError
-from cacheclip_jax.loader import BlockLoader
+from cacheclip_jax.loader import BlockLoader, PageCopies
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.pages import HostPages, PageLayout
+from cacheclip_jax.store_side import StoreSide
 from cacheclip_jax.tier import Tier
 from tests.conftest import TINY, max_diff, stacked
 from tests.engine import QUESTION, TEXTS, CopyOnHost, as_on_a_gpu
@@ -250,12 +253,42 @@ def test_nothing_is_copied_before_a_release_or_the_first_take(loading):
     assert loader.take(0) == 0 and sent.blocks[0] == 0
 
 
-def test_a_first_block_alone_is_released_and_the_others_with_the_first_take(loading):
-    loader, sent = loading
-    loader.release(first=True)
-    time.sleep(0.05)
-    assert sent.blocks == [0]
-    assert [loader.take(n) for n in range(2)] == [0, 1]
+@pytest.mark.parametrize("stream, expected", [(7, ["copies hold up 7", "handed out for 7"]),
+                                              (None, ["handed out for None"])])
+def test_a_consumers_stream_is_held_up_before_it_gets_memory_that_is_being_written(stream, expected):
+    seen = []
+
+    class Streamed(CopyOnHost):
+        def hold_up(self, other):
+            seen.append(f"copies hold up {other}")
+
+    class Buffer:
+        def __dlpack_device__(self):
+            return 2, 0
+
+        def __dlpack__(self, *, stream, max_version=None):
+            seen.append(f"handed out for {stream}")
+            return "capsule"
+
+    arriving = copies._Arriving(Buffer(), Streamed(None))
+    assert arriving.__dlpack_device__() == (2, 0)
+    assert arriving.__dlpack__(stream=stream, max_version=(1, 0)) == "capsule" and seen == expected
+
+
+@pytest.mark.parametrize("first", ["release", "begin"])
+def test_a_feed_that_is_begun_may_copy_whether_it_was_released_before_or_after(models, store, monkeypatch, first):
+    clip = CacheClip(*models, store)
+    clip.index(map(Passage.make, TEXTS[:3]))
+    passages = [Passage.make(t) for t in TEXTS[:3]]
+    sent, send = Event(), PageCopies.send
+    monkeypatch.setattr(PageCopies, "send", lambda *args: sent.set() or send(*args))
+    side = StoreSide(clip.primary, passages, clip.primary.prompt(passages, QUESTION), 1024, clip._pool,
+                     Clock(clip._pool), Fetched(), "shared")
+    for step in ("release", "begin") if first == "release" else ("begin", "release"):
+        assert not sent.wait(0.05)
+        getattr(side, step)()
+    assert sent.wait(10)
+    side.stop()
 
 
 def test_the_first_take_releases_too(loading):

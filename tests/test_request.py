@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from threading import current_thread
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from cacheclip_jax.model.rope import rotate
 from cacheclip_jax.online import execute, parallel_positions
 from cacheclip_jax.plan import Context, Discount, Plan, Reshape
 from cacheclip_jax.recompute import continuation_logits, rows_over_cached
+from cacheclip_jax.request import Request
 from cacheclip_jax.score import Scoring
 from cacheclip_jax.select import Budget, select
 from tests.conftest import TINY, assembled, full_prefill, max_diff, rows, scores_over, stacked
@@ -146,13 +150,23 @@ def test_the_primarys_caches_follow_the_aux_models_and_all_that_scoring_sends(qw
     for name in ("last_span_scores", "refine"):
         program = getattr(online, name)
         monkeypatch.setattr(online, name, lambda *args, name=name, program=program: seen.append(name) or program(*args))
-    monkeypatch.setattr(r.aux, "release", lambda first: seen.append("question"), raising=False)
+    monkeypatch.setattr(r.aux, "release", lambda: seen.append("question"), raising=False)
     monkeypatch.setattr(r.primary, "release", lambda: seen.append("primary's caches"), raising=False)
     scoring = Scoring(layers="all", second_pass=share)
     r.ask_aux(scoring)
     assert seen == expected[:1]
     r.aux_scores(scoring)
     assert seen == expected
+
+
+def test_what_is_made_aside_runs_in_another_thread_where_there_are_any(qwen2):
+    inline = request(qwen2)
+    assert inline.aside(current_thread)() is current_thread()
+    with ThreadPoolExecutor(1) as pool:
+        threaded = Request(inline.primary, lambda: inline.aux, pool)
+        assert threaded.aside(current_thread)() is not current_thread()
+        with pytest.raises(BadInput, match="wrong"):
+            threaded.aside(Mock(side_effect=BadInput("wrong")))()
 
 
 @pytest.mark.parametrize("layer", [-1, 3])

@@ -53,7 +53,7 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     """A plan that recomputes the groups which a signal ranks highest, until the budget is spent.
 
     Where that bounds the number of rows, one program goes from the scores to the rows, and what it needs beside them is
-    sent to the device before the signal is asked for.
+    sent to the device while the signal is computed.
     """
     side, prompt = request.primary, request.prompt
     most = at_most(prompt.context_tokens, budget, grouping)
@@ -63,9 +63,11 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
         chosen = select_on_device(rank(scores, prompt.chunks, ranking), prompt.chunk_lengths, budget, grouping,
                                   prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
-    groups = Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
-    ids, bounds, groups, discount = jax.device_put((*prompt.in_slots(side.slots), groups, discount), side.sharding)
+    sent = request.aside(lambda: jax.device_put(
+        (*prompt.in_slots(side.slots), Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks),
+         discount), side.sharding))
     scores = signal()
+    ids, bounds, groups, discount = sent()
     ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking), prompt.context_tokens)
     if isinstance(ranks, np.ndarray) or ranks.sharding != side.sharding:
         ranks = jax.device_put(ranks, side.sharding)
