@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 LEAD_IN_TOKENS = 512  # of a lead-in at most
-LEAD_IN = """The town library opens at nine and closes at six, except on Sundays, when the reading room is used for
+LEAD_IN = """{"5bc8fbbc-bde5-4099-8164-d8399f767c45": "d76d4330-f144-4bea-b0c1-1fdecb91ce37",
+ "87b0b125-ec1d-4da0-a6eb-8c9ebd69fe29": "c6a53877-7733-4bdb-9721-0dff076ce2ef",
+ "0d464138-a623-4255-bfc1-ea36f17fd374": "5f2dd97f-1cfb-40f6-a827-688de6a16a3b",
+
+The town library opens at nine and closes at six, except on Sundays, when the reading room is used for
 talks. Last spring a retired engineer spoke about bridges: how long they last, what the salt does to the
 bolts, and why the old ferry was kept for so many years after the first one was built. About forty people
 came.
@@ -34,17 +38,6 @@ Migrating birds rest on the northern shore in October. Counting them is done fro
 volunteers with telescopes. The numbers have fallen for ducks and risen for geese; nobody is sure of the reason, but
 milder winters in the east are thought to play a part.
 
-The reading of old maps is a patient trade. A river that has moved leaves a boundary behind it, and a road that was
-never built may be drawn as firmly as one that carries traffic every day. Surveyors copied one another, mistakes
-included, so that a village which burned down in one century was still being drawn in the next.
-
-Paper is made of fibres, water and pressure. The first mill in the valley used rags; later ones used straw, which made
-a brittle yellow sheet, and finally wood. Each change made books cheaper and shorter-lived. Librarians keep the worst
-of them in dark boxes and turn the pages with a strip of bone.
-
-Apples are stored in the north of the country until April. The cellar must be cool and a little damp, the fruit must
-not touch, and whoever goes down for one takes the worst, not the best. By spring every one that was taken had been the
-worst that day, and the cellar is empty.
 """
 
 
@@ -55,7 +48,8 @@ class PromptFormat:
 
     lead_in: a text, of which the first LEAD_IN_TOKENS count, that stands between the shared prefix and a chunk while
       the chunk is encoded, and in no prompt. So a chunk's caches are those of words in the middle of a context, as most
-      of them will be; the first chunk's then aren't exact any more. LEAD_IN is one for any purpose, "" is none.
+      of them will be; the first chunk's then aren't exact any more. LEAD_IN, identifiers and prose, is one for any
+      purpose, "" is none.
     answer: the beginning of the answer, which the model goes on from.
     chat: whether prompts follow the model's chat template; else they are the texts alone, one after another.
     strip: whether white space around a question is dropped.
@@ -81,8 +75,7 @@ class PromptFormat:
 
     def lead_in_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids of what stands between prefix and chunk while a chunk is encoded."""
-        asked = self.instructions.strip().rpartition("\n")[2]
-        return tokenizer.encode(nfc(self.lead_in.replace("{instructions}", asked))).ids[:LEAD_IN_TOKENS]
+        return tokenizer.encode(nfc(self.lead_in)).ids[:LEAD_IN_TOKENS]
 
     def chunk_ids(self, tokenizer: Tokenizer, passage: Passage) -> Encoded:
         """A chunk's ids, tokenised alone, and the character spans of its formatted text."""

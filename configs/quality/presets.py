@@ -1,52 +1,42 @@
 """Which settings CacheClip's default preset should have: candidates at 5, 10 and 20%, on the tuning half, at 8k.
 
-    python -m eval.quality --config=configs/quality/presets.py --config.data=DIR
+    python -m eval.quality --config=configs/quality/presets.py --config.data=DIR            # texts of the lead-in
     python -m eval.quality --config=configs/quality/presets.py:discounts --config.data=DIR  # without a lead-in
     python -m eval.report runs/presets*.jsonl --out results/presets
 
-SpecPrefill, which drops tokens, and the oracle, which knows full prefill's attention, say what else there is to reach.
+Full attention says what there is to reach.
 """
 
 from typing import Any
 
 import ml_collections
 
-from configs.quality import ablations, defaults, qa, ruler
+from configs.quality import ablations, qa, ruler
+from configs.quality.lead_ins import LEAD_INS
 
 RATIOS = (0.05, 0.1, 0.2)
-DISCOUNTS = (0.35, 0.7, 1.4)  # nats; stale tokens count 0.7, 0.5 and 0.25 times
-LED = {"lead_in": True, "discount": 0.7}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "late": {},
-    **{f"discount {nats}": {"discount": nats} for nats in (*DISCOUNTS, 2.8)},
-    "lead-in, no discount": {"lead_in": True},
-    **{f"lead-in, discount {nats}": {"lead_in": True, "discount": nats} for nats in DISCOUNTS},
-    "lead-in, discount 0.7, rows 4": {**LED, "scoring": {"rows": 4}},
-    "lead-in, discount 0.7, sentences": {**LED, "grouping": {"longest": 64}},
-    "lead-in, discount 0.7, smooth groups of 32": {**LED, "grouping": {"size": 32}, "ranking": {"smooth": 13}},
-    "lead-in, discount 0.7, heads of chunks 8": {**LED, "heads_of_chunks": 8},
-}
-TEXT = {"data": defaults.TEXT}
 
 
-def get_config(which: str = "candidates") -> ml_collections.ConfigDict:
-    """Ten samples of each of eleven tasks; `discounts`: twenty of each of fifteen, by few methods."""
-    if which == "discounts":
-        return discounts()
-    config = defaults.base()
+def get_config(which: str = "lead-ins") -> ml_collections.ConfigDict:
+    """`which`: lead-ins, ten samples of every task; or discounts, twenty of each of fifteen."""
+    return {"lead-ins": lead_ins, "discounts": discounts}[which]()
+
+
+def lead_ins() -> ml_collections.ConfigDict:
+    """What chunks should be encoded behind, the other settings being the default's."""
+    config, other = ruler.get_config("tune"), qa.get_config("tune")
     config.update({
-        "run": "presets", "out": "runs/presets.jsonl", "split": "tune", "lengths": (8192,), "count": 10,
-        "tasks": ("niah_multikey_2", "niah_multikey_3", {"task": "niah_multivalue", **TEXT},
-                  {"task": "niah_multiquery", **TEXT}, "vt", "cwe", "fwe", {"task": "qa_1", "data": defaults.SQUAD},
-                  {"task": "qa_2", "data": defaults.HOTPOT},
-                  {"task": "nq", "name": "nq_20", "distractors": 20, "lengths": (), **TEXT},
-                  {"task": "hotpotqa", "data": defaults.HOTPOT, "lengths": ()}),
-        "methods": ({"method": "naive"}, {"method": "naive", "preset": "lead-in"},
-                    *({**ablations.variant(label, **settings), "ratios": RATIOS}
-                      for label, settings in SETTINGS.items()),
-                    *({"method": name, "ratios": RATIOS} for name in ("specprefill", "oracle"))),
+        "run": "presets-lead-ins", "out": "runs/presets-lead-ins.jsonl", "lengths": (8192,), "count": 10,
+        "tasks": (*config.tasks, *({**task, "lengths": (), "count": 10} for task in other.tasks)),
+        "methods": (*(candidate(label, lead_in=text) for label, text in LEAD_INS.items()),
+                    candidate("no lead-in", lead_in=""), {**ablations.variant("late"), "ratios": RATIOS}),
     })
     return config
+
+
+def candidate(label: str, **settings: Any) -> dict[str, Any]:
+    """A column: the default preset with other settings."""
+    return {"method": "cacheclip", "preset": "lead-in", "label": label, "ratios": RATIOS, **settings}
 
 
 def discounts() -> ml_collections.ConfigDict:
