@@ -13,8 +13,8 @@ AuxOption = Annotated[str, typer.Option("--aux", envvar="CACHECLIP_AUX", metavar
                                         help="The small model that scores tokens; 'none' to do without.")]
 AdapterOption = Annotated[Path | None, typer.Option("--aux-adapter", envvar="CACHECLIP_AUX_ADAPTER", metavar="FOLDER",
                                                     help="A finetuned aux's adapter; give the same when indexing.")]
-LeadInOption = Annotated[bool, typer.Option("--lead-in/--no-lead-in", help="Encode passages behind a neutral text; "
-                                            "none is better for identifiers and JSON. Ask as you indexed.")]
+LeadInOption = Annotated[bool, typer.Option("--lead-in/--no-lead-in", help="Encode passages behind a neutral text "
+                                            "that is in no prompt. Ask as you indexed.")]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CACHECLIP_STORE", metavar="URL",
                                           help="Where chunk caches live: a path, or an s3:// or gs:// URL.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of weights and caches: bfloat16, float32 or float16.")]

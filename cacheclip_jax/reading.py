@@ -12,7 +12,9 @@ from cacheclip_jax.pages import HostChunk, HostPages
 from cacheclip_jax.store import PendingKV
 from cacheclip_jax.store.store import READERS
 
-STEP_BYTES = 2 << 20  # of a chunk at least: every step takes Python's lock, which the request's own thread wants
+# A step takes Python's lock a few times, which other readers and the request's own thread want too.
+STEP_BYTES = 8 << 20  # of a chunk at least
+LOCAL_READERS = 8  # threads for a model's chunks in local files
 
 
 class Reading:
@@ -27,8 +29,8 @@ class Reading:
         """`keep` gets the chunk of `tokens` tokens when all of it was read and checked."""
         layout = pages.layout
         block_bytes = len(layout.blocks[0]) * layout.token_rows * tokens * layout.head_dim * layout.dtype.itemsize
-        count = len(layout.blocks)
-        self._blocks = min(count, -(-STEP_BYTES // block_bytes)) if whole and pending.in_file else count  # of a step
+        count, self.local = len(layout.blocks), pending.in_file
+        self._blocks = min(count, -(-STEP_BYTES // block_bytes)) if whole and self.local else count  # of a step
         self.steps = [range(some[0].start, some[-1].stop) for some in batched(layout.blocks, self._blocks)]
         self._pending: PendingKV | None = pending
         self._empty, self._keep = lambda: pages.empty(tokens, whole), keep
@@ -84,7 +86,7 @@ def start(readings: Sequence[Reading], readers: ThreadPoolExecutor) -> None:
     steps = sorted(((reading, n) for reading in readings for n in range(len(reading.steps))),
                    key=lambda step: step[0].steps[step[1]].start)
     line = deque(steps)
-    for _ in range(min(len(line), READERS)):
+    for _ in range(min(len(line), LOCAL_READERS if all(reading.local for reading in readings) else READERS)):
         readers.submit(_read_on, line)
 
 

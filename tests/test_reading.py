@@ -6,6 +6,7 @@ import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -202,6 +203,14 @@ def test_first_blocks_of_all_chunks_are_read_before_second_ones_and_small_ones_t
                     ("b", 6, 6), ("a", 8, 2), ("a", 10, 2), ("a", 12, 2), ("b", 12, 2),
                     *[("e", first, 2) for first in range(0, 14, 2)]]
     assert len(kept) == len(readings)
+
+
+@pytest.mark.parametrize("in_file, threads", [(True, 8), (False, reading.READERS)])
+def test_few_threads_read_local_files_and_more_a_bucket(host_pages, in_file, threads):
+    readings = [Reading(Pending(str(n), [], in_file), host_pages, 10, True, list.append) for n in range(40)]
+    submitted = Mock()
+    start(readings, submitted)
+    assert submitted.submit.call_count == threads
 
 
 def test_threads_that_read_one_chunk_share_its_memory(host_pages, monkeypatch):
