@@ -74,6 +74,11 @@ def test_a_method_does_the_same_behind_a_lead_in(lab, method, changes):
     assert (max_diff(wanted.logits, plain.logits) > 1e-2) == (method.name == "cacheclip")
 
 
+def test_behind_no_lead_in_are_the_same_sides(lab):
+    sides = lab.sides(sample(), 2048, 8)
+    assert sides.behind("") is sides and sides.behind("Some words.") is not sides
+
+
 def test_a_lead_in_is_tokenised_once_for_each_model(lab):
     first, second = (lab.sides(sample(question=asked), 2048, 8).behind(LEAD_IN) for asked in ("Who?", "Where?"))
     for one, other in ((first.primary, second.primary), (first.aux, second.aux)):

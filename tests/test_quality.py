@@ -21,6 +21,7 @@ from cacheclip_jax.store import Passage
 from configs.quality import ablations, adapter, defaults, presets, qa, ruler, smoke
 from eval.lab import adapter_of, format_of
 from eval.ledger import Ledger, key_of
+from eval.presets import entries
 from eval.quality import columns_of, run, target
 from eval.report import write
 from eval.rows import read_rows
@@ -216,6 +217,12 @@ def test_what_a_config_can_not_ask_is_refused_before_any_work(config, tmp_path, 
     with pytest.raises(BadInput, match=named):
         run(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("given", "text"), [(True, LEAD_IN), ("Some words.", "Some words."), ("", ""), (False, "")])
+def test_a_columns_lead_in_is_the_default_one_a_text_or_none(given, text):
+    entry, = entries({"method": "cacheclip", "preset": "lead-in", "lead_in": given})
+    assert entry.lead_in == text
 
 
 @pytest.mark.parametrize("made_by", [ablations, adapter, presets, qa, ruler, smoke], ids=lambda m: m.__name__)

@@ -5,22 +5,8 @@ What stands in them is in no task: prose of a small town, records of things that
 
 from cacheclip_jax.prompt import LEAD_IN
 
-PROSE = """The town library opens at nine and closes at six, except on Sundays, when the reading room is used for
-talks. Last spring a retired engineer spoke about bridges: how long they last, what the salt does to the
-bolts, and why the old ferry was kept for so many years after the first one was built. About forty people
-came.
-
-Bread needs flour, water, salt and time. A warm kitchen makes the dough rise within two hours; in winter it may take
-the whole night. Bakers judge it by touch, since clocks know nothing of yeast.
-
-In 1907 the company moved its workshop to the river, where coal was cheaper to bring. It made pumps, then engines, and
-later small turbines for mills in the hills. The last of them ran until 1964 and now stands in the museum's yard,
-beside the tram that used to climb to the upper station.
-
-Migrating birds rest on the northern shore in October. Counting them is done from two towers, early in the morning, by
-volunteers with telescopes. The numbers have fallen for ducks and risen for geese; nobody is sure of the reason, but
-milder winters in the east are thought to play a part.
-
+BEGINNING = LEAD_IN.partition("\n\n")[2]  # of the prose, behind the identifiers
+PROSE = BEGINNING + """\
 The reading of old maps is a patient trade. A river that has moved leaves a boundary behind it, and a road that was
 never built may be drawn as firmly as one that carries traffic every day. Surveyors copied one another, mistakes
 included, so that a village which burned down in one century was still being drawn in the next.
@@ -48,6 +34,5 @@ x = 4417; width = x; height = width; depth = 902
 
 """
 
-# The default's identifiers come with the beginning of the prose, and so do the records.
-LEAD_INS = {"prose": PROSE, "records": RECORDS, "records, prose": RECORDS + PROSE.partition("\nMigrating")[0],
+LEAD_INS = {"prose": PROSE, "records": RECORDS, "records, prose": RECORDS + BEGINNING.partition("\nMigrating")[0],
             "identifiers, prose": LEAD_IN}
