@@ -97,8 +97,8 @@ class Request:
         return self.primary.feed(behind, self.primary.model.config.num_layers, wanted)
 
     def aside[T](self, make: Callable[[], T]) -> Callable[[], T]:
-        """Begin to make something in another thread, where there are any: it runs while programs are launched, which
-        takes as long as they do for few rows. What this gives waits for the result."""
+        """Begin to make something in another thread, where there are any, while the calling one launches programs. What
+        this gives waits for the result."""
         if self._pool is None:
             made = make()
             return lambda: made

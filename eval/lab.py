@@ -97,8 +97,10 @@ class Sides:
 
     def behind(self, lead_in: str) -> Sides:
         """The same with chunks encoded behind a lead-in, "" for none."""
+        if not lead_in:
+            return self
         return Sides(self.primary.behind(lead_in), self.aux and self.aux.behind(lead_in),
-                     self.adapted and self.adapted.behind(lead_in)) if lead_in else self
+                     self.adapted and self.adapted.behind(lead_in))
 
 
 def request(sides: Sides, adapted: bool = False) -> Request:
