@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from cacheclip_jax.attention import causal_attention, choose, row_attention, row_attention_reference
 from cacheclip_jax.attention.mosaic_gpu import SMEM, Blocks, blocks_for, mosaic_gpu
-from eval.machine import commit, device, versions
+from eval.machine import command, commit, device, versions
 from eval.script import start
 
 
@@ -143,7 +142,7 @@ def run(config) -> list[dict[str, Any]]:
     """Measure every cell; a cell that fails is a row with its error."""
     console = Console(stderr=True)
     about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(), "versions": versions(),
-             "command": " ".join(["python -m eval.bench_kernels", *sys.argv[1:]])}
+             "command": command("bench_kernels")}
     target, out = Path(config.out), []
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8") as file:

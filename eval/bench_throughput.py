@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from cacheclip_jax.methods import Naive
 from cacheclip_jax.online import full_prefill
 from cacheclip_jax.store import ChunkStore
 from eval import synthetic
-from eval.machine import commit, device, versions
+from eval.machine import command, commit, device, versions
 from eval.script import start
 
 
@@ -83,7 +82,7 @@ def main(config: ConfigDict) -> None:
     """The script."""
     console = Console()
     about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(), "versions": versions(),
-             "command": " ".join(["python -m eval.bench_throughput", *sys.argv[1:]]), "model": config.primary,
+             "command": command("bench_throughput"), "model": config.primary,
              "dtype": config.dtype}
     with tempfile.TemporaryDirectory(dir=config.store or None) as store:
         clip = CacheClip(synthetic.random_model(config.primary, config.dtype), None, ChunkStore.open(store),

@@ -35,7 +35,7 @@ from cacheclip_jax.prompt import PromptFormat
 from cacheclip_jax.score import SCORINGS
 from cacheclip_jax.store import ChunkStore, Passage
 from eval import synthetic
-from eval.machine import commit, device, versions
+from eval.machine import command, commit, device, versions
 from eval.script import start
 
 QUESTION = "Who is responsible for the pilot boat Kestrel, and what is the phone extension of that person?"
@@ -143,7 +143,7 @@ def run(config: Any, report: Callable[[dict[str, Any]], None]) -> None:
         bench = Bench(config, config.store or temporary)
         rate = matmul_rate(config.dtype)
         about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(),
-                 "versions": versions(), "command": " ".join(["python -m eval.bench_ttft", *sys.argv[1:]]),
+                 "versions": versions(), "command": command("bench_ttft"),
                  "model": config.primary, "dtype": config.dtype, "chunk_tokens": config.chunk_tokens,
                  "matmul_tflops": rate / 1e12}
         full: dict[int, float] = {}
@@ -246,9 +246,9 @@ def torch_rows(config: Any, about: dict[str, Any], prompts: Sequence[int], conso
     """Full prefill by transformers + torch on the same device, in a process of its own; nothing where torch isn't."""
     name = config.primary if config.primary in synthetic.SHAPES else str(pull(config.primary).path)
     on = "cpu" if jax.devices()[0].platform == "cpu" else "cuda"
-    command = [sys.executable, "-m", "eval.torch_prefill", name, ",".join(map(str, prompts)), f"--dtype={config.dtype}",
+    process = [sys.executable, "-m", "eval.torch_prefill", name, ",".join(map(str, prompts)), f"--dtype={config.dtype}",
                f"--device={on}", f"--repeats={config.repeats}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(process, capture_output=True, text=True, check=False)
     if done.returncode:
         console.print(f"torch: {done.stderr.strip().splitlines()[-1:]}", markup=False)
         return

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -43,3 +45,8 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return asked.stdout.strip()
+
+
+def command(script: str) -> str:
+    """The command that measures, of a script of this package; of absolute paths, which are one machine's, the names."""
+    return " ".join([f"python -m eval.{script}", *(re.sub(r"(^|=)/\S*/", r"\1", arg) for arg in sys.argv[1:])])
