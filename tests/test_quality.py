@@ -33,6 +33,14 @@ METHODS = ({"method": "naive"}, {"method": "cacheclip", "preset": "lead-in", "ra
 COLUMNS = 4  # with full attention
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_commit():
+    """Rows of two runs are compared as a whole, also where the working tree changes between them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHECLIP_COMMIT", "tested")
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")

@@ -1,5 +1,6 @@
 """The chunk store: stats, verify, removal, garbage collection."""
 
+import fcntl
 import os
 import time
 from dataclasses import replace
@@ -86,6 +87,21 @@ def test_gc_spares_a_write_under_way_whatever_the_clock_says(store, tmp_path, mo
     store.write(SPACE, passage.id, ids, spans, kv)
     assert [r.orphans for r in reports] == [0, 0, 0]
     assert same_bits(store.read(SPACE, ids, passage.id).result(), kv)
+
+
+def test_gc_between_a_files_creation_and_its_lock_costs_the_writer_nothing(store, monkeypatch):
+    reports, real = [], fcntl.flock
+
+    def lock(fd, how):
+        if not reports and not how & fcntl.LOCK_NB:
+            reports.append(None)
+            reports.append(ChunkStore.open(store.url).gc(1 << 40))
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    passage, ids, kv = put(store, 0)
+    assert reports[1].orphans == 1 and not store.blobs.unfinished("kv/")
+    assert same_bits(store.read(SPACE, ids, passage.id).result(), kv) and store.verify() == []
 
 
 def test_what_is_being_read_can_be_removed_and_is_still_read(store):

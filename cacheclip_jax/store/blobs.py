@@ -182,9 +182,10 @@ class Blobs:
         with translated("list", self.where(prefix)):
             return self.files.unfinished(prefix) if self.files else []
 
-    def abandoned(self, key: str, grace: float) -> bool:
-        """Whether nobody is writing an unfinished file."""
-        return self.files is not None and self.files.abandoned(key, grace)
+    def clear(self, key: str, grace: float) -> bool:
+        """Removes an unfinished file unless somebody is writing it; whether it was removed."""
+        with translated("delete", self.where(key)):
+            return self.files is not None and self.files.clear(key, grace)
 
     def delete(self, key: str) -> None:
         with translated("delete", self.where(key)):

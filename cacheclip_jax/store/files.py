@@ -20,6 +20,7 @@ import numpy as np
 
 _UNFINISHED = ".tmp-"  # what the name of a file being written begins with
 _OLD_LOCK = ".__lock"  # and ends with, where TensorStore wrote it
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _BLOCK = 1 << 20
 _serial = itertools.count()
 
@@ -59,17 +60,8 @@ class Files:
         path = self.path(key)
         folder, _, name = path.rpartition("/")
         self._make(folder)
-        # A locked file is being written; gc takes those that aren't for what a killed writer left.
-        unfinished = f"{folder}/{_UNFINISHED}{os.getpid()}-{threading.get_ident()}-{next(_serial)}-{name[-40:]}"
+        fd, unfinished = self._create(folder, name)
         try:
-            fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # the store was removed and made again
-            self._made.clear()
-            self._make(folder)
-            fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with suppress(OSError):  # where a file system has no locks, gc goes by age
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(fd, self._mode() & 0o666)
             size = sum(_size(part) for part in parts)
             if size > _BLOCK:
@@ -79,12 +71,32 @@ class Files:
             os.fsync(fd)
             Path(unfinished).rename(path)
         except BaseException:
-            with suppress(OSError):
-                Path(unfinished).unlink()
+            _remove(unfinished)
             raise
         finally:
             os.close(fd)
         _sync_folder(folder)
+
+    def _create(self, folder: str, name: str) -> tuple[int, str]:
+        """A new file that this writer holds locked: gc takes those that nobody holds for what a killed one left."""
+        while True:
+            path = f"{folder}/{_UNFINISHED}{os.getpid()}-{threading.get_ident()}-{next(_serial)}-{name[-40:]}"
+            try:
+                fd = os.open(path, _CREATE, 0o600)
+            except FileNotFoundError:  # the store was removed and made again
+                self._made.clear()
+                self._make(folder)
+                fd = os.open(path, _CREATE, 0o600)
+            try:
+                with suppress(OSError):  # where a file system has no locks, gc goes by age
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                if os.fstat(fd).st_nlink:
+                    return fd, path
+            except BaseException:
+                os.close(fd)
+                _remove(path)
+                raise
+            os.close(fd)  # gc was here between the file's creation and its lock
 
     def list(self, prefix: str) -> list[str]:
         """Keys that begin with `prefix`, sorted; unfinished files aren't among them."""
@@ -112,21 +124,25 @@ class Files:
     def delete(self, key: str) -> None:
         Path(self.path(key)).unlink(missing_ok=True)
 
-    def abandoned(self, key: str, grace: float) -> bool:
-        """Whether nobody is writing this unfinished file: its lock is free, or where locks fail, it is old."""
+    def clear(self, key: str, grace: float) -> bool:
+        """Removes an unfinished file that nobody is writing: its lock is free, or where locks fail, it is old."""
         try:
             fd = os.open(self.path(key), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between a file's creation and its lock lies an instant: a file without bytes may be that young.
-            status = os.fstat(fd)
-            return status.st_size > 0 or _age(status) > min(grace, 60.0)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return _age(os.fstat(fd)) > grace
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                if _age(os.fstat(fd)) <= grace:
+                    return False
+            try:
+                Path(self.path(key)).unlink()  # while it is locked: its writer, if it only began, sees it gone
+            except FileNotFoundError:  # finished or given up meanwhile
+                return False
+            return True
         finally:
             os.close(fd)
 
@@ -232,6 +248,11 @@ def _write_all(fd: int, part: bytes | np.ndarray) -> None:
     left = memoryview(part if isinstance(part, bytes) else part.reshape(-1).view(np.uint8))
     while left:
         left = left[os.write(fd, left) :]
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        Path(path).unlink()
 
 
 def _mkdir(path: Path, mode: int) -> None:

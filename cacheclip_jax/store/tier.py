@@ -172,8 +172,8 @@ class TieredBlobs:
     def unfinished(self, prefix: str) -> builtins.list[str]:
         return self.local.unfinished(prefix)
 
-    def abandoned(self, key: str, grace: float) -> bool:
-        return self.local.abandoned(key, grace)
+    def clear(self, key: str, grace: float) -> bool:
+        return self.local.clear(key, grace)
 
     # ------------------------------------------------------------ uploads
 
