@@ -9,7 +9,6 @@ import platform
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 
 from cacheclip_jax.store import ChunkStore, Passage, Space
 from cacheclip_jax.version import __version__
+from eval import machine
 from eval.script import start
 
 
@@ -32,7 +32,7 @@ def run(config) -> dict[str, Any]:
         root = Path(scratch)
         result = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m eval.bench_store", *sys.argv[1:]]),
+            "command": machine.command("bench_store"),
             "version": __version__,
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {_file_system(root)}",
             "read": read(config, root / "big"),

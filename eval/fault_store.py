@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from cacheclip_jax.errors import ChunkCorrupt, StoreError
 from cacheclip_jax.store import ChunkStore, Passage, Space
+from eval import machine
 from eval.script import start
 
 SPACE = Space("faulty", "faulty", "bfloat16", (1, 2, 3), num_layers=4, num_kv_heads=2, head_dim=32)
@@ -335,7 +336,7 @@ def run(config) -> dict[str, Any]:
     """Every fault of the config; `ok` says whether all went as it must."""
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m eval.fault_store", *sys.argv[1:]]),
+        "command": machine.command("fault_store"),
         "machine": f"{os.cpu_count()} cores",
         "seed": config.seed,
     }

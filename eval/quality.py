@@ -47,13 +47,13 @@ from eval.ledger import Key, Ledger
 from eval.pool import Answer, Pool
 from eval.presets import Entry, columns
 from eval.rows import Row
-from eval.samples import Job, jobs, prepared, shard
+from eval.samples import Job, jobs, prepared, rounds, shard
 from eval.script import start
 from eval.tasks import Sample
 
 FULL = Entry(Full(), "", None)
 # What a run may be gone on with after a change: it doesn't change what is asked.
-FREE = ("out", "batch", "workers", "budget_seconds")
+FREE = ("out", "batch", "block", "workers", "budget_seconds")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Evaluation:
         """Answer every sample that isn't answered yet; False where the time `until` came first."""
         total = len(self._columns) * sum(part.stop - part.start for _, part in asked)
         self._progress.update(self._bar, total=total, completed=len(self._ledger.done))
-        for made in prepared(asked, tokenizer, self._config.judged, self._config.workers):
+        samples = prepared(asked, tokenizer, self._config.judged, self._config.workers)
+        for made in rounds(samples, self._config.block):
             self._progress.update(self._bar, description=f"{made.job.name} {made.job.length or ''}")
             for number, sample in enumerate(made.samples, made.first):
                 if time.monotonic() > until:
@@ -189,6 +190,8 @@ def run(config: ConfigDict) -> Path | None:
     until = time.monotonic() + config.budget_seconds if config.budget_seconds else float("inf")
     if config.judged < 1:
         raise BadInput(f"judged={config.judged} is out of range: 1 or more tokens")
+    if config.block < 0:
+        raise BadInput(f"block={config.block} is out of range: 1 or more samples, or 0 for all of a task at once")
     asked = jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
                  seed=config.seed)
     adapter = adapter_of(config.aux_adapter, config.aux)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,6 +135,22 @@ def prepared(asked: Sequence[tuple[Job, slice]], tokenizer: str, judged: int, wo
             processes.shutdown(cancel_futures=True)
 
 
+def rounds(whole: Iterable[Made], block: int) -> Iterator[Made]:
+    """`block` samples of each job, then the next ones of each, until none is left; 0: all of a job at once.
+
+    So a run that stops early has answered as many of one job as of another.
+    """
+    if not block:
+        yield from whole
+        return
+    jobs_so_far: list[Made] = []
+    for job in whole:
+        jobs_so_far.append(job)
+        yield _cut(job, slice(0, block))
+    for start in range(block, max((len(job.samples) for job in jobs_so_far), default=0), block):
+        yield from (_cut(job, slice(start, start + block)) for job in jobs_so_far if len(job.samples) > start)
+
+
 @contextmanager
 def starting_on_cpu() -> Iterator[None]:
     """Processes that start meanwhile leave the accelerator alone: each that touched it would take memory of its own.
@@ -153,4 +169,4 @@ def starting_on_cpu() -> Iterator[None]:
 
 
 def _cut(whole: Made, part: slice) -> Made:
-    return dataclasses.replace(whole, samples=whole.samples[part], first=part.start)
+    return dataclasses.replace(whole, samples=whole.samples[part], first=whole.first + part.start)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import ml_collections
@@ -25,7 +26,7 @@ from eval.presets import entries
 from eval.quality import columns_of, run, target
 from eval.report import write
 from eval.rows import read_rows
-from eval.samples import jobs, made, prepared, shard, starting_on_cpu
+from eval.samples import Made, jobs, made, prepared, rounds, shard, starting_on_cpu
 from tests import samples
 from tests.test_adapter import random_adapter
 
@@ -212,6 +213,7 @@ def test_an_adapter_needs_its_aux_and_a_column(config, long_pair, tmp_path, chan
     ({"shard": "2/2"}, "shard='2/2'"),
     ({"shard": "1"}, "shard='1'"),
     ({"judged": 0}, "judged=0"),
+    ({"block": -1}, "block=-1"),
     ({"methods": ({"method": "cacheclop"},)}, "cacheclop"),
     ({"methods": ({"method": "cacheclip", "preset": "early"},)}, "no preset 'early'"),
     ({"methods": ({"method": "naive", "ratios": (0.1,)},)}, "naive recomputes a fixed share"),
@@ -237,6 +239,19 @@ def test_a_columns_lead_in_is_the_default_one_a_text_or_none(given, text):
 def test_the_columns_of_every_config_can_be_told_apart(made_by):
     config = made_by.get_config()
     assert len(columns_of(config, adapter_of(config.aux_adapter, config.aux))) > 8
+
+
+@pytest.mark.parametrize(("block", "expected"), [
+    (2, ["a01", "b01", "c0", "a23", "b2", "a4"]), (0, ["a01234", "b012", "c0"]), (9, ["a01234", "b012", "c0"]),
+])
+def test_tasks_take_turns_a_block_of_samples_each(block, expected):
+    def job(name, count):
+        samples = tuple(SimpleNamespace(id=str(i)) for i in range(count))
+        return Made(SimpleNamespace(name=name), samples, 256, first=5)
+
+    found = list(rounds((job(name, count) for name, count in (("a", 5), ("b", 3), ("c", 1))), block))
+    assert [m.job.name + "".join(s.id for s in m.samples) for m in found] == expected
+    assert all(m.first == 5 + int(m.samples[0].id) and m.slots == 256 for m in found)
 
 
 def platform() -> str:

@@ -32,6 +32,7 @@ def base() -> ml_collections.ConfigDict:
         "times": False,  # measure each method alone; slower
         "shard": "0/1",  # the part of the samples that this process does, and how many parts there are
         "batch": 32,  # sequences decoded together
+        "block": 4,  # samples of a task before the next task's, in turn, so that a stopped run has some of all; 0: all
         "workers": 12,  # processes that make samples ahead
         "budget_seconds": 0.0,  # stop after so long, to be gone on with; 0: never
     })
