@@ -19,7 +19,7 @@ from cacheclip_jax.model.adapter import load_adapter, save_adapter
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.prompt import LEAD_IN
 from cacheclip_jax.store import Passage
-from configs.quality import ablations, adapter, defaults, presets, qa, ruler, smoke
+from configs.quality import ablations, adapter, defaults, pair, presets, qa, ruler, smoke
 from eval.lab import adapter_of, format_of
 from eval.ledger import Ledger, key_of
 from eval.presets import entries
@@ -235,7 +235,7 @@ def test_a_columns_lead_in_is_the_default_one_a_text_or_none(given, text):
     assert entry.lead_in == text
 
 
-@pytest.mark.parametrize("made_by", [ablations, adapter, presets, qa, ruler, smoke], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("made_by", [ablations, adapter, pair, presets, qa, ruler, smoke], ids=lambda m: m.__name__)
 def test_the_columns_of_every_config_can_be_told_apart(made_by):
     config = made_by.get_config()
     assert len(columns_of(config, adapter_of(config.aux_adapter, config.aux))) > 8
