@@ -142,7 +142,7 @@ def run(config) -> list[dict[str, Any]]:
     """Measure every cell; a cell that fails is a row with its error."""
     console = Console(stderr=True)
     about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(), "versions": versions(),
-             "command": command("bench_kernels")}
+             "command": command("eval.bench_kernels")}
     target, out = Path(config.out), []
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8") as file:

@@ -32,7 +32,7 @@ def run(config) -> dict[str, Any]:
         root = Path(scratch)
         result = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": machine.command("bench_store"),
+            "command": machine.command("eval.bench_store"),
             "version": __version__,
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {_file_system(root)}",
             "read": read(config, root / "big"),

@@ -82,7 +82,7 @@ def main(config: ConfigDict) -> None:
     """The script."""
     console = Console()
     about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(), "versions": versions(),
-             "command": command("bench_throughput"), "model": config.primary,
+             "command": command("eval.bench_throughput"), "model": config.primary,
              "dtype": config.dtype}
     with tempfile.TemporaryDirectory(dir=config.store or None) as store:
         clip = CacheClip(synthetic.random_model(config.primary, config.dtype), None, ChunkStore.open(store),

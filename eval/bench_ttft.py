@@ -143,7 +143,7 @@ def run(config: Any, report: Callable[[dict[str, Any]], None]) -> None:
         bench = Bench(config, config.store or temporary)
         rate = matmul_rate(config.dtype)
         about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(),
-                 "versions": versions(), "command": command("bench_ttft"),
+                 "versions": versions(), "command": command("eval.bench_ttft"),
                  "model": config.primary, "dtype": config.dtype, "chunk_tokens": config.chunk_tokens,
                  "matmul_tflops": rate / 1e12}
         full: dict[int, float] = {}

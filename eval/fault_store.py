@@ -336,7 +336,7 @@ def run(config) -> dict[str, Any]:
     """Every fault of the config; `ok` says whether all went as it must."""
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": machine.command("fault_store"),
+        "command": machine.command("eval.fault_store"),
         "machine": f"{os.cpu_count()} cores",
         "seed": config.seed,
     }

@@ -47,6 +47,6 @@ def commit() -> str:
     return asked.stdout.strip()
 
 
-def command(script: str) -> str:
-    """The command that measures, of a script of this package; of absolute paths, which are one machine's, the names."""
-    return " ".join([f"python -m eval.{script}", *(re.sub(r"(^|=)/\S*/", r"\1", arg) for arg in sys.argv[1:])])
+def command(module: str) -> str:
+    """The command that measures, of a module of this project; of absolute paths, which are one machine's, the names."""
+    return " ".join([f"python -m {module}", *(re.sub(r"(^|=)/\S*/", r"\1", arg) for arg in sys.argv[1:])])

@@ -143,12 +143,12 @@ def rounds(whole: Iterable[Made], block: int) -> Iterator[Made]:
     if not block:
         yield from whole
         return
-    jobs_so_far: list[Made] = []
-    for job in whole:
-        jobs_so_far.append(job)
-        yield _cut(job, slice(0, block))
-    for start in range(block, max((len(job.samples) for job in jobs_so_far), default=0), block):
-        yield from (_cut(job, slice(start, start + block)) for job in jobs_so_far if len(job.samples) > start)
+    begun: list[Made] = []
+    for one in whole:  # the first round, while the samples of the next jobs are made
+        begun.append(one)
+        yield _cut(one, slice(0, block))
+    for start in range(block, max((len(one.samples) for one in begun), default=0), block):
+        yield from (_cut(one, slice(start, start + block)) for one in begun if len(one.samples) > start)
 
 
 @contextmanager

@@ -11,4 +11,4 @@ from eval.machine import command
     ("--config.contexts=(8192,)", "--config.contexts=(8192,)")])
 def test_a_command_names_no_machines_folders(monkeypatch, given, told):
     monkeypatch.setattr("sys.argv", ["bench_ttft.py", given])
-    assert command("bench_ttft") == f"python -m eval.bench_ttft {told}"
+    assert command("eval.bench_ttft") == f"python -m eval.bench_ttft {told}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,7 +24,7 @@ from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.adapter import save_adapter
 from cacheclip_jax.model.load import load_model, load_tokenizer
 from cacheclip_jax.model.pull import MODELS, pull
-from eval.machine import commit, device
+from eval.machine import command, commit, device
 from eval.script import start
 from train.benchmark import benchmark_examples
 from train.corpus import corpus_examples
@@ -120,7 +119,7 @@ def _rounded(recalls: dict[str, float]) -> dict[str, float]:
 def main(config: ConfigDict) -> None:
     """The script."""
     logging.set_verbosity(logging.WARNING)  # orbax tells all that it does
-    finetune(settings(config.to_dict()), config.until, " ".join(["python -m train.finetune", *sys.argv[1:]]))
+    finetune(settings(config.to_dict()), config.until, command("train.finetune"))
 
 
 if __name__ == "__main__":

@@ -182,10 +182,10 @@ class Blobs:
         with translated("list", self.where(prefix)):
             return self.files.unfinished(prefix) if self.files else []
 
-    def clear(self, key: str, grace: float) -> bool:
+    def delete_unfinished(self, key: str, grace: float) -> bool:
         """Removes an unfinished file unless somebody is writing it; whether it was removed."""
         with translated("delete", self.where(key)):
-            return self.files is not None and self.files.clear(key, grace)
+            return self.files is not None and self.files.delete_unfinished(key, grace)
 
     def delete(self, key: str) -> None:
         with translated("delete", self.where(key)):

@@ -20,7 +20,7 @@ import numpy as np
 
 _UNFINISHED = ".tmp-"  # what the name of a file being written begins with
 _OLD_LOCK = ".__lock"  # and ends with, where TensorStore wrote it
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _BLOCK = 1 << 20
 _serial = itertools.count()
 
@@ -82,11 +82,11 @@ class Files:
         while True:
             path = f"{folder}/{_UNFINISHED}{os.getpid()}-{threading.get_ident()}-{next(_serial)}-{name[-40:]}"
             try:
-                fd = os.open(path, _CREATE, 0o600)
+                fd = os.open(path, _NEW_FILE, 0o600)
             except FileNotFoundError:  # the store was removed and made again
                 self._made.clear()
                 self._make(folder)
-                fd = os.open(path, _CREATE, 0o600)
+                fd = os.open(path, _NEW_FILE, 0o600)
             try:
                 with suppress(OSError):  # where a file system has no locks, gc goes by age
                     fcntl.flock(fd, fcntl.LOCK_EX)
@@ -124,25 +124,19 @@ class Files:
     def delete(self, key: str) -> None:
         Path(self.path(key)).unlink(missing_ok=True)
 
-    def clear(self, key: str, grace: float) -> bool:
+    def delete_unfinished(self, key: str, grace: float) -> bool:
         """Removes an unfinished file that nobody is writing: its lock is free, or where locks fail, it is old."""
         try:
             fd = os.open(self.path(key), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return False
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _claimed(fd, grace):
                 return False
-            except OSError:
-                if _age(os.fstat(fd)) <= grace:
-                    return False
-            try:
+            with suppress(FileNotFoundError):  # finished or given up meanwhile
                 Path(self.path(key)).unlink()  # while it is locked: its writer, if it only began, sees it gone
-            except FileNotFoundError:  # finished or given up meanwhile
-                return False
-            return True
+                return True
+            return False
         finally:
             os.close(fd)
 
@@ -248,6 +242,17 @@ def _write_all(fd: int, part: bytes | np.ndarray) -> None:
     left = memoryview(part if isinstance(part, bytes) else part.reshape(-1).view(np.uint8))
     while left:
         left = left[os.write(fd, left) :]
+
+
+def _claimed(fd: int, grace: float) -> bool:
+    """Whether a file that another process may be writing is free, and locked here from now on."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return _age(os.fstat(fd)) > grace
+    return True
 
 
 def _remove(path: str) -> None:

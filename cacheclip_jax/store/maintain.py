@@ -209,7 +209,7 @@ def gc(store: ChunkStore, max_bytes: int, grace: float = 3600.0) -> GCReport:
     old = {match[2]: file for file in files if (match := layout.OLD.fullmatch(file))}
     for file in [*broken, *(file for file in files if layout.OLD.fullmatch(file))]:
         store.pool.delete(file)
-    left = sum(blobs.clear(file, grace) for blobs, file in unfinished(store))
+    left = sum(blobs.delete_unfinished(file, grace) for blobs, file in unfinished(store))
     kept = sorted((e.created, e.nbytes, e.text, e.space, e.chunk) for _, e in found if isinstance(e, Entry))
     size = sum(nbytes for _, nbytes, *_ in kept)
     before, chunks = size, 0

@@ -172,8 +172,8 @@ class TieredBlobs:
     def unfinished(self, prefix: str) -> builtins.list[str]:
         return self.local.unfinished(prefix)
 
-    def clear(self, key: str, grace: float) -> bool:
-        return self.local.clear(key, grace)
+    def delete_unfinished(self, key: str, grace: float) -> bool:
+        return self.local.delete_unfinished(key, grace)
 
     # ------------------------------------------------------------ uploads
 
