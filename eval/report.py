@@ -21,7 +21,7 @@ import typer
 from cacheclip_jax.errors import BadInput, CacheClipError
 from eval import figures
 from eval.rows import Cell, Row, against, cells, parts, pool, pooled_retention, read_rows, rival
-from eval.statistics import Estimate
+from eval.statistics import Comparison, Estimate
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def markdown(made: Sequence[Cell], reference: str = "cacheclip") -> str:
 
 
 SUMMARY = ("method", "ratio", "realised", "tasks", "samples", "score", "retention (95%)", "TTFT ms", "KL first token",
-           "same first tokens", "difference from {reference} (p)")
+           "mean KL first tokens", "same first tokens", "score difference from {reference} (p)",
+           "mean KL difference from {reference} (p)")
 DETAIL = ("task", "method", "ratio", "n", "score", "full", "retention (95%)", "where full answers", "TTFT ms")
 
 
@@ -86,14 +87,17 @@ def summary(part: Sequence[Cell], reference: str) -> list[tuple[str, ...]]:
     out: list[tuple[str, ...]] = []
     for (name, ratio), group in pool(part).items():
         other = rival(part, reference, ratio)
-        test = against(group, other) if other and other[0].name != name else None
+        if other and other[0].name == name:  # a method isn't tested against itself
+            other = []
         times = [c.ttft for c in group]
         out.append((name, _percent(ratio), _percent(_mean(c.mean_of("realised_ratio") for c in group)), str(len(group)),
                     str(sum(len(c.rows) for c in group)), _percent(_mean(c.score for c in group)),
                     _interval(pooled_retention(group)), _text(_mean(1000 * t for t in times), "{:.0f}"),
                     _text(_mean(c.mean_of("kl_first_token") for c in group), "{:.3f}"),
+                    _text(_mean(c.mean_of("kl") for c in group), "{:.3f}"),
                     _percent(_mean(c.mean_of("top1") for c in group)),
-                    f"{100 * test.difference:+.1f} ({test.p_value:.3f})" if test else ""))
+                    _difference(against(group, other), "{:+.1f}", 100),
+                    _difference(against(group, other, "kl"), "{:+.3f}")))
     return out
 
 
@@ -171,6 +175,10 @@ def _percent(value: float | None) -> str:
 
 def _interval(of: Estimate) -> str:
     return f"{_percent(of.value)} ({_percent(of.low)} to {_percent(of.high)})"
+
+
+def _difference(of: Comparison, form: str, scale: float = 1) -> str:
+    return f"{form.format(scale * of.difference)} ({of.p_value:.3f})" if of.n else ""
 
 
 def _text(value: float | None, form: str) -> str:

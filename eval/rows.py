@@ -103,7 +103,8 @@ class Cell:
                 "score": _number(self.score), "full_score": _number(self.full_score),
                 "retention": _number(self.retention.value), "ci_low": _number(self.retention.low),
                 "ci_high": _number(self.retention.high),
-                "kl_first_token": self.mean_of("kl_first_token"), "top1_agreement": self.mean_of("top1")}
+                "kl_first_token": self.mean_of("kl_first_token"), "kl_first_tokens": self.mean_of("kl"),
+                "top1_agreement": self.mean_of("top1")}
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:
@@ -186,9 +187,11 @@ def pooled_retention(some: Sequence[Cell], resamples: int = 2000) -> Estimate:
     return retention_over([([r.score for r in c.rows], [r.score for r in c.full]) for c in some], resamples=resamples)
 
 
-def against(first: Sequence[Cell], second: Sequence[Cell]) -> Comparison:
-    """Paired test of two methods over the samples that both have answered, tasks weighing the same."""
-    ours, theirs = ({(r.run, r.task, r.sample): r.score for c in some for r in c.rows} for some in (first, second))
+def against(first: Sequence[Cell], second: Sequence[Cell], name: str = "score") -> Comparison:
+    """Paired test of two methods by a field of their rows, over the samples that both have it of, tasks weighing the
+    same; NaN where there are none."""
+    ours, theirs = ({(r.run, r.task, r.sample): float(value) for c in some for r in c.rows
+                     if (value := getattr(r, name)) is not None} for some in (first, second))
     both = [key for key in ours if key in theirs]
     tasks = [[key for key in both if key[:2] == task] for task in dict.fromkeys(key[:2] for key in both)]
     return compare_over([([ours[k] for k in task], [theirs[k] for k in task]) for task in tasks])

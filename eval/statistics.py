@@ -145,5 +145,5 @@ def _paired(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
     if a.shape != b.shape or a.ndim != 1:
         raise BadInput(f"{len(a)} and {len(b)} scores aren't pairs: give one score a sample, in the same order")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise BadInput("scores must be finite numbers")
+        raise BadInput("what is compared must be finite numbers")
     return a, b

@@ -14,7 +14,7 @@ from eval.rows import Row, against, cells, read_rows
 
 KEYS = ["run", "device", "date", "commit", "primary", "aux", "aux_adapter", "task", "length", "method", "preset",
         "ratio", "realised_ratio", "n", "score", "full_score", "retention", "ci_low", "ci_high", "kl_first_token",
-        "top1_agreement"]
+        "kl_first_tokens", "top1_agreement"]
 
 
 def rows(run="r1", lengths=(4096, 8192)):
@@ -30,9 +30,10 @@ def rows(run="r1", lengths=(4096, 8192)):
                 for ratio in (0.1, 0.2):
                     out.append(replace(full, method="cacheclip", preset="late", ratio=ratio,
                                        realised_ratio=ratio + 0.01, score=0.0 if i in (0, 5) else 1.0,
-                                       times={"ttft": 0.5}, kl_first_token=0.25, top1=i != 5, question="Where?",
-                                       context=("noise ", "gold & more"), selected=((6, 10),)))
-                out.append(replace(full, method="naive", score=float(i % 2), times={"ttft": 0.2}, realised_ratio=0.0))
+                                       times={"ttft": 0.5}, kl_first_token=0.25, kl=ratio, top1=i != 5,
+                                       question="Where?", context=("noise ", "gold & more"), selected=((6, 10),)))
+                out.append(replace(full, method="naive", score=float(i % 2), times={"ttft": 0.2}, realised_ratio=0.0,
+                                   kl=0.7))
     return out
 
 
@@ -53,12 +54,13 @@ def test_a_line_has_the_keys_and_numbers_of_its_rows(made):
     assert line["retention"] == pytest.approx(8 / 9, abs=1e-6)
     assert line["ci_low"] < line["retention"] <= line["ci_high"]
     assert (line["kl_first_token"], line["top1_agreement"]) == (0.25, 0.9)
-    assert line["realised_ratio"] == pytest.approx(0.21)
+    assert line["realised_ratio"] == pytest.approx(0.21) and line["kl_first_tokens"] == pytest.approx(0.2)
 
 
 def test_full_attention_retains_itself(made):
     line = of(made, "full").to_dict()
-    assert (line["retention"], line["ci_low"], line["ci_high"], line["kl_first_token"]) == (1, 1, 1, None)
+    assert (line["retention"], line["ci_low"], line["ci_high"]) == (1, 1, 1)
+    assert (line["kl_first_token"], line["kl_first_tokens"]) == (None, None)
 
 
 def test_what_is_no_number_is_null_in_valid_json():
@@ -73,12 +75,25 @@ def test_methods_are_tested_on_the_samples_that_both_answered():
     assert test.n == 8 and test.difference < 0
 
 
+def summary(made):
+    """The summary's lines by method and ratio, each by column."""
+    return {(line[0], line[1]): dict(zip(report.SUMMARY, line, strict=True))
+            for line in report.summary(made, "cacheclip")}
+
+
+SCORE, KL = "score difference from {reference} (p)", "mean KL difference from {reference} (p)"
+
+
 def test_the_summary_tests_against_the_reference_at_the_same_or_its_largest_ratio():
-    made = cells(rows(lengths=(4096,)) + [replace(r, method="random", preset="", score=0.0) for r in
+    made = cells(rows(lengths=(4096,)) + [replace(r, method="random", preset="", score=0.0, kl=0.4) for r in
                                           rows(lengths=(4096,)) if r.ratio == 0.1])
-    lines = {(line[0], line[1]): line[-1] for line in report.summary(made, "cacheclip")}
-    assert lines["cacheclip late", "10.0"] == "" and lines["random", "10.0"].startswith("-80.0 (")
-    assert lines["naive", ""].startswith("-30.0 (") and lines["full", ""].startswith("+10.0 (")
+    lines = summary(made)
+    own, random, naive, full = (lines[key] for key in (("cacheclip late", "10.0"), ("random", "10.0"), ("naive", ""),
+                                                       ("full", "")))
+    assert (own[SCORE], own[KL]) == ("", "")
+    assert random[SCORE].startswith("-80.0 (") and random[KL].startswith("+0.300 (")
+    assert naive[SCORE].startswith("-30.0 (") and naive[KL].startswith("+0.500 (")
+    assert full[SCORE].startswith("+10.0 (") and full[KL] == ""
 
 
 def test_the_summary_s_difference_is_that_of_its_scores_for_tasks_of_very_different_sizes():
@@ -88,9 +103,26 @@ def test_the_summary_s_difference_is_that_of_its_scores_for_tasks_of_very_differ
               "niah_single_1": (4, {"full": 1.0, "cacheclip": 0.5, "naive": 1.0})}
     made = cells([replace(first, task=task, sample=f"s{i}", method=method, score=score, ratio=None)
                   for task, (count, by) in scores.items() for method, score in by.items() for i in range(count)])
-    lines = {line[0]: line for line in report.summary(made, "cacheclip")}
-    assert lines["naive"][5] == lines["cacheclip"][5] == "50.0"
-    assert lines["naive"][-1] == "+0.0 (1.000)"
+    lines = summary(made)
+    assert lines["naive", ""]["score"] == lines["cacheclip", ""]["score"] == "50.0"
+    assert lines["naive", ""][SCORE] == "+0.0 (1.000)"
+
+
+def test_the_mean_kl_s_difference_is_of_the_samples_that_both_have_it_of_and_tasks_weigh_the_same():
+    """Naive is 0.5 further on three samples of one task and 0.25 nearer on two of another: (0.5 - 0.25) / 2. Of the 32
+    signs, 7 give as much: any of the second task's 4 where the first's are +++, its ++ where they are one of 3 with a
+    single -; so p is 14 / 32. One sample more lacks it for naive, one for cacheclip: they count in the means alone."""
+    first = replace(rows()[0], score=1.0, kl_first_token=9.0)
+    by = {"vt": {"full": [None] * 5, "cacheclip": [0.25, 0.25, 0.25, 1.25, None],
+                 "naive": [0.75, 0.75, 0.75, None, 2.75], "random": [None] * 5},
+          "niah_single_1": {"full": [None] * 2, "cacheclip": [0.5, 0.5], "naive": [0.25, 0.25], "random": [None] * 2}}
+    lines = summary(cells([replace(first, task=task, sample=f"s{i}", method=method, kl=kl)
+                           for task, methods in by.items() for method, kls in methods.items()
+                           for i, kl in enumerate(kls)]))
+    assert [lines[method, ""]["mean KL first tokens"] for method in ("cacheclip", "naive", "random")] == [
+        "0.500", "0.750", ""]
+    assert [lines[method, ""][KL] for method in ("cacheclip", "naive", "random")] == ["", "+0.125 (0.438)", ""]
+    assert lines["naive", ""]["KL first token"] == "9.000" and lines["random", ""][SCORE] == "+0.0 (1.000)"
 
 
 def test_runs_never_mix():
@@ -124,9 +156,10 @@ def test_rows_survive_the_file(written):
 def test_results_of_other_runs_stay_and_those_of_this_one_are_replaced(written, made, tmp_path):
     kept = written[1][0].read_text().splitlines()
     other = tmp_path / "quality.jsonl"
-    other.write_text("".join(line.replace('"r1"', '"r0"') + "\n" + line + "\n" for line in kept))
+    older = [{k: v for k, v in {**json.loads(line), "run": "r0"}.items() if k != "kl_first_tokens"} for line in kept]
+    other.write_text("".join(json.dumps(old) + "\n" + line + "\n" for old, line in zip(older, kept, strict=True)))
     lines = report.merged(other, made)
-    assert [line["run"] for line in lines] == ["r0"] * len(kept) + ["r1"] * len(kept)
+    assert lines[:len(kept)] == older
     assert [json.dumps(line) for line in lines[len(kept):]] == kept
     other.write_text("[]\n")
     with pytest.raises(BadInput, match="isn't a file of results"):
@@ -144,6 +177,8 @@ def test_markdown_tables_are_whole(written):
     assert "## r1: 4096 tokens" in text and "## r1: 8192 tokens" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") for line in block.splitlines()}) == 1
+    assert "| KL first token | mean KL first tokens | same first tokens |" in text
+    assert "| score difference from cacheclip (p) | mean KL difference from cacheclip (p) |" in text
     assert re.search(r"\| vt \| cacheclip late \| 20\.0 \| 10 \| 80\.0 \| 90\.0 \| 88\.9 \(", text)
 
 
