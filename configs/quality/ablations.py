@@ -7,8 +7,9 @@
       --config.run=ablations-smollm2 --config.out=runs/ablations-smollm2.jsonl              # another aux model
     python -m eval.report runs/ablations*.jsonl --out results/ablations
 
-A label says what differs from the preset `late`: its late half of the layers, last question row, mean of heads, the
-aux's own chunk caches, groups of 8.
+A label says what differs from the default, the preset `lead-in`: chunks behind a lead-in, the aux's late half of the
+layers, last question row, mean of heads, the aux's own chunk caches, whole sentences of up to 96 tokens, stale tokens
+counting half.
 """
 
 from typing import Any
@@ -40,15 +41,17 @@ def get_config(which: str = "selection") -> ml_collections.ConfigDict:
 
 
 def variant(label: str, **settings: Any) -> dict[str, Any]:
-    """A column: the preset `late` with other settings."""
-    return {"method": "cacheclip", "preset": "late", "label": label, "ratios": RATIOS, **settings}
+    """A column: the default with other settings."""
+    return {"method": "cacheclip", "preset": "lead-in", "label": label, "ratios": RATIOS, **settings}
 
 
 def selection() -> tuple[dict[str, Any], ...]:
-    """Scoring, ranking and grouping."""
+    """Encoding, scoring, ranking and grouping."""
     return (
-        {"method": "naive"}, {"method": "naive", "preset": "none"},
-        variant("late"),
+        {"method": "naive"}, {"method": "naive", "preset": "none"}, {"method": "naive", "preset": "lead-in"},
+        variant("default"),
+        variant("no lead-in", lead_in=""), variant("prefix none", lead_in="", prefix="none"),
+        *(variant(f"discount {nats:g}", discount=nats) for nats in (0.0, 0.35, 1.4)),
         *(variant(f"layers {layers}", scoring={"layers": layers}) for layers in ("last", "all")),
         *(variant(f"rows {rows}", scoring={"rows": rows}) for rows in ("mean", "max", 4)),
         variant("heads max", scoring={"heads": "max"}),
@@ -56,17 +59,15 @@ def selection() -> tuple[dict[str, Any], ...]:
         variant("values", scoring={"values": True}),
         variant("look-ahead 8", scoring={"look_ahead": 8}),
         variant("second pass", scoring={"second_pass": 0.1}),
-        *(variant(f"groups {size}", grouping={"size": size}) for size in (1, 4, 16, 32)),
-        variant("groups max", grouping={"reduce": "max"}),
+        *(variant(f"groups {size}", grouping={"size": size}) for size in (1, 4, 8, 16, 32)),
         variant("windows", grouping={"size": 8, "density": 5}),
-        variant("sentences", grouping={"longest": 32}),
+        variant("sentences 32", grouping={"longest": 32}),
         variant("smooth 13", ranking={"smooth": 13}),
         variant("no sinks", ranking={"skip_first": 4}),
         variant("no formatting", ranking={"skip_formatting": True}),
-        *(variant(f"chunk power {power}", ranking={"chunk_power": power}) for power in (-1.0, -0.5, 0.5)),
-        *(variant(f"heads of chunks {tokens}", heads_of_chunks=tokens) for tokens in (1, 2, 4, 8, 16)),
-        variant("prefix none", prefix="none"),
-        {"method": "cacheclip", "preset": "paper", "ratios": RATIOS},
+        *(variant(f"chunk power {power}", ranking={"chunk_power": power}) for power in (-0.5, 0.5)),
+        *(variant(f"heads of chunks {tokens}", heads_of_chunks=tokens) for tokens in (4, 16)),
+        *({"method": "cacheclip", "preset": preset, "ratios": RATIOS} for preset in ("late", "paper")),
     )
 
 
@@ -74,13 +75,14 @@ def ratios() -> tuple[dict[str, Any], ...]:
     """How much is recomputed: fixed ratios, and shares of the score mass."""
     fixed = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
     return (
-        {"method": "naive"},
-        *({"method": "cacheclip", "preset": preset, "ratios": fixed} for preset in ("late", "paper")),
-        *({"method": "cacheclip", "preset": "late", "label": f"mass {mass:.0%}",
+        {"method": "naive", "preset": "lead-in"},
+        *({"method": "cacheclip", "preset": preset, "ratios": fixed} for preset in ("lead-in", "late", "paper")),
+        *({"method": "cacheclip", "preset": "lead-in", "label": f"mass {mass:.0%}",
            "budget": {"mass": mass, "at_least": 0.02, "at_most": 0.3}} for mass in (0.5, 0.7, 0.9)),
     )
 
 
 def chunks() -> tuple[dict[str, Any], ...]:
     """Few methods: here the tasks differ."""
-    return {"method": "naive"}, variant("late"), {"method": "prophetkv", "ratios": RATIOS}
+    return ({"method": "naive", "preset": "lead-in"}, variant("default"),
+            {"method": "prophetkv", "preset": "lead-in", "ratios": RATIOS})

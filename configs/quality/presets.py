@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.quality import ablations, qa, ruler
+from configs.quality import qa, ruler
 from configs.quality.lead_ins import LEAD_INS
 
 RATIOS = (0.05, 0.1, 0.2)
@@ -29,7 +29,7 @@ def lead_ins() -> ml_collections.ConfigDict:
         "run": "presets-lead-ins", "out": "runs/presets-lead-ins.jsonl", "lengths": (8192,), "count": 10,
         "tasks": (*config.tasks, *({**task, "lengths": (), "count": 10} for task in other.tasks)),
         "methods": (*(candidate(label, lead_in=text) for label, text in LEAD_INS.items()),
-                    candidate("no lead-in", lead_in=""), {**ablations.variant("late"), "ratios": RATIOS}),
+                    candidate("no lead-in", lead_in=""), late()),
     })
     return config
 
@@ -37,6 +37,11 @@ def lead_ins() -> ml_collections.ConfigDict:
 def candidate(label: str, **settings: Any) -> dict[str, Any]:
     """A column: the default preset with other settings."""
     return {"method": "cacheclip", "preset": "lead-in", "label": label, "ratios": RATIOS, **settings}
+
+
+def late() -> dict[str, Any]:
+    """A column: no lead-in, no discount, groups of 8."""
+    return {"method": "cacheclip", "preset": "late", "ratios": RATIOS}
 
 
 def discounts() -> ml_collections.ConfigDict:
@@ -51,8 +56,8 @@ def discounts() -> ml_collections.ConfigDict:
         "tasks": (*(task for task in config.tasks if named(task) not in ("niah_single_1", "niah_single_2", "cwe")),
                   *({**task, "lengths": (), "count": 20} for task in other.tasks
                     if named(task) not in ("kv", "nq_10"))),
-        "methods": ({"method": "naive"}, {**ablations.variant("late"), "ratios": RATIOS},
-                    *({**ablations.variant(f"discount {nats:g}", discount=nats), "ratios": RATIOS}
+        "methods": ({"method": "naive"}, late(),
+                    *({**late(), "label": f"discount {nats:g}", "discount": nats}
                       for nats in (0.5, 1.0, 2.0, 4.0, 60.0)),
                     *({"method": name, "ratios": RATIOS} for name in ("specprefill", "oracle"))),
     })
