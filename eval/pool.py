@@ -56,7 +56,8 @@ class Pool[T]:
         if self._tags and slots != self._slots:
             self._decode()
         if slots != self._slots:
-            self._batch = None  # before the next one takes its memory
+            self._batch = None
+            self._hand_out()  # waits until the batch of the other size is decoded: memory needn't hold both
             dtype = repaired.cache.k[0].dtype
             self._batch = empty_batch(self._model.config, self._size, slots, dtype, self._sharding)
             self._slots = slots
