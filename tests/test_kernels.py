@@ -47,10 +47,14 @@ def lower(f, device, platform, T, S, N, K, H, dtype, biased=False):
 
 
 # 301 slots are no multiple of a block nor of 8; the last tile is partly padding; 3 heads a group don't divide a tile.
+# Of 3 blocks in 4 parts and of 5 in 8, some parts have none; first rows see nothing of the last parts.
 @pytest.mark.parametrize("heads, H, dtype, pad, blocks", [
     ((6, 2), 64, jnp.bfloat16, 5, Blocks(slots=64)),
     ((7, 1), 128, jnp.float16, 0, Blocks()),
     ((3, 1), 128, jnp.bfloat16, 3, Blocks(consumers=3, turns=False)),
+    ((6, 2), 64, jnp.bfloat16, 5, Blocks(slots=64, splits=2)),
+    ((7, 1), 128, jnp.float16, 0, Blocks(consumers=1, turns=False, splits=4)),
+    ((3, 1), 64, jnp.bfloat16, 3, Blocks(consumers=3, slots=64, turns=False, splits=8)),
 ])
 def test_the_hopper_kernel_equals_the_reference(heads, H, dtype, pad, blocks):
     args = inputs(30, 301, *heads, H, pad, dtype)
@@ -59,26 +63,30 @@ def test_the_hopper_kernel_equals_the_reference(heads, H, dtype, pad, blocks):
     assert np.all(np.asarray(out[30 - pad:], np.float32) == 0)
 
 
-@pytest.mark.parametrize("heads, H, blocks", [((6, 2), 64, Blocks(slots=64)), ((3, 1), 128, Blocks())])
+@pytest.mark.parametrize("heads, H, blocks", [((6, 2), 64, Blocks(slots=64)), ((3, 1), 128, Blocks()),
+                                              ((3, 1), 64, Blocks(slots=64, splits=4))])
 def test_the_hopper_kernel_adds_a_bias(heads, H, blocks):
     args = (*inputs(30, 301, *heads, H, 5, jnp.bfloat16), bias_of(301))
     assert max_diff(interpreted(*args, blocks=blocks), REFERENCE(*args)) < 0.02
 
 
-def test_the_hopper_kernel_has_no_races_and_never_sees_later_slots(capfd, caplog):
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_hopper_kernel_has_no_races_and_never_sees_later_slots(splits, capfd, caplog):
     q, k, v, positions = inputs(20, 200, 2, 1, 64, dtype=jnp.bfloat16)
-    before = interpreted(q, k, v, positions, blocks=Blocks(consumers=1, slots=64, turns=False), races=True)
+    single, pair = Blocks(consumers=1, slots=64, turns=False, splits=splits), Blocks(slots=64, splits=splits)
+    before = interpreted(q, k, v, positions, blocks=single, races=True)
     after = int(positions[9]) + 1
     changed = interpreted(q, k.at[:, after:].set(99.0), v.at[:, after:].set(99.0), positions,
-                          blocks=Blocks(slots=64), races=True)
+                          blocks=pair, races=True)
     assert max_diff(changed[:10], before[:10]) == 0
-    interpreted(q, k, v, positions, bias_of(200), blocks=Blocks(slots=64), races=True)
+    interpreted(q, k, v, positions, bias_of(200), blocks=pair, races=True)
     assert "RACE" not in "".join([*capfd.readouterr(), caplog.text])  # jax 0.11 prints, 0.12 logs
 
 
-def test_the_hopper_kernel_gives_zeros_for_tiles_of_padding_and_takes_fewer_slots_than_a_block():
+@pytest.mark.parametrize("blocks", [None, Blocks(slots=64, splits=2)])
+def test_the_hopper_kernel_gives_zeros_for_tiles_of_padding_and_takes_fewer_slots_than_a_block(blocks):
     q, k, v, positions = inputs(70, 40, 2, 1, 64, pad=40, dtype=jnp.bfloat16)
-    out = interpreted(q, k, v, positions)
+    out = interpreted(q, k, v, positions, blocks=blocks)
     assert max_diff(out, REFERENCE(q, k, v, positions)) < 0.02
     assert np.all(np.asarray(out[30:], np.float32) == 0)
 
@@ -93,7 +101,8 @@ def test_the_hopper_kernel_lowers_for_every_type_and_head_dim(heads):
 
 @pytest.mark.parametrize("blocks", [
     Blocks(slots=64, stages=4), Blocks(slots=192, stages=2), Blocks(stages=3), Blocks(turns=False),
-    Blocks(consumers=3, turns=False), Blocks(consumers=1, turns=False),
+    Blocks(consumers=3, turns=False), Blocks(consumers=1, turns=False), Blocks(splits=2),
+    Blocks(consumers=3, turns=False, splits=4), Blocks(consumers=1, turns=False, splits=3),
 ])
 @pytest.mark.parametrize("S", [3, 4097])
 def test_the_hopper_kernel_lowers_for_every_variant_and_any_number_of_slots(blocks, S):
@@ -105,24 +114,26 @@ def test_the_hopper_kernel_lowers_for_every_variant_and_any_number_of_slots(bloc
 def test_blocks_that_cannot_work_are_refused_with_the_limit():
     for wrong, match in ((dict(rows_per_group=32), "rows_per_group is 32"), (dict(consumers=4), "4 consumers"),
                          (dict(slots=80), "80 slots"), (dict(stages=1), "1 stages"),
-                         (dict(consumers=3), "turns are taken by 2 consumers, not 3")):
+                         (dict(consumers=3), "turns are taken by 2 consumers, not 3"), (dict(splits=0), "0 splits")):
         with pytest.raises(ValueError, match=match):
             Blocks(**wrong)
-    with pytest.raises(ValueError, match="bytes of shared memory at head dim 128, over 232448: take fewer"):
-        mosaic_gpu(*inputs(4, 300, 2, 1, 128, dtype=jnp.bfloat16), blocks=Blocks(stages=4))
+    for large in (Blocks(stages=4), Blocks(stages=3, splits=2)):  # the second but for the sums of its parts would fit
+        with pytest.raises(ValueError, match="bytes of shared memory at head dim 128, over 232448: take fewer"):
+            mosaic_gpu(*inputs(4, 300, 2, 1, 128, dtype=jnp.bfloat16), blocks=large)
 
 
 @pytest.mark.parametrize("H", [64, 128])
-@pytest.mark.parametrize("T, K, consumers", [(1, 8, 1), (64, 4, 1), (65, 4, 2), (65 * 192, 4, 2), (65 * 192 + 1, 4, 3),
-                                             (65 * 192 + 1, 2, 2)])
-def test_chosen_blocks_grow_with_the_rows_and_fit_shared_memory(H, T, K, consumers):
-    for S in (1, 128, 32768):
+@pytest.mark.parametrize("T, K, consumers, splits", [
+    (1, 8, 1, 4), (64, 4, 1, 4), (65, 4, 2, 4), (410 * 7, 4, 2, 4), (33 * 128, 4, 2, 2), (65 * 192, 4, 2, 1),
+    (65 * 192 + 1, 4, 3, 1), (65 * 192 + 1, 2, 2, 2)])
+def test_chosen_blocks_grow_with_the_rows_and_fit_shared_memory(H, T, K, consumers, splits):
+    for S, most in ((1, 1), (128, 1), (15 * 128, 1), (15 * 128 + 1, 2), (31 * 128, 2), (31 * 128 + 1, 4), (32768, 4)):
         blocks = blocks_for(H, T, S, K)
-        assert blocks.consumers == consumers
+        assert (blocks.consumers, blocks.splits) == (consumers, min(splits, most))
         assert blocks.smem(H, interpretable=True) <= SMEM
         assert blocks.smem(H, biased=True) <= SMEM
         biased = blocks_for(H, T, S, K, biased=True)
-        assert biased.consumers == min(consumers, 2)
+        assert (biased.consumers, biased.splits) == (min(consumers, 2), blocks.splits)
         assert biased.smem(H, biased=True) <= SMEM
 
 

@@ -5,6 +5,10 @@ the grid is a kv head and a tile of rows: one warpgroup streams K and V through 
 compute an online softmax over 64 rows each; two of them take turns, so that one's softmax runs under the other's matrix
 products (FlashAttention-3, arXiv:2407.08608, section 3.1), three overlap without. Because rows are sorted by position,
 a tile's blocks of slots are, in order: seen by all its rows (no mask), the edge (masked), and not loaded at all.
+
+A tile takes as long as its last row's position, so few tiles leave most of the GPU idle: `splits` deals a tile's blocks
+of slots out to several blocks of the grid, each with a softmax of its own, which are combined outside the kernel
+(Flash-Decoding, pytorch.org/blog/flash-decoding).
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ class Blocks:
     """Sizes and variants of the kernel; `blocks_for` picks them.
 
     A tile has `rows_per_group * consumers` rows; `slots` per block of K and V, `stages` blocks in flight. `turns` makes
-    two consumers alternate between softmax and matrix products.
+    two consumers alternate between softmax and matrix products. `splits` blocks of the grid share a tile's slots.
     """
 
     rows_per_group: int = 64
@@ -44,6 +48,7 @@ class Blocks:
     slots: int = 128
     stages: int = 2
     turns: bool = True
+    splits: int = 1
 
     def __post_init__(self):
         if self.rows_per_group != 64:
@@ -56,6 +61,8 @@ class Blocks:
             raise ValueError(f"{self.stages} stages: loading ahead takes at least 2")
         if self.turns and self.consumers != 2:
             raise ValueError(f"turns are taken by 2 consumers, not {self.consumers}: set turns=False")
+        if self.splits < 1:
+            raise ValueError(f"{self.splits} splits: a tile's slots have at least 1 part, splits=1")
 
     @property
     def tile(self) -> int:
@@ -65,7 +72,8 @@ class Blocks:
     def smem(self, H: int, interpretable: bool = False, biased: bool = False) -> int:
         """Bytes of shared memory at head dim H in a 16-bit type; `biased` with a number for each slot."""
         rows = self.tile * (H + (self.slots if interpretable else 0))
-        return 2 * (rows + 2 * self.stages * self.slots * (H + biased)) + _RESERVED
+        sums = 4 * self.tile if self.splits > 1 else 0
+        return 2 * (rows + 2 * self.stages * self.slots * (H + biased)) + sums + _RESERVED
 
 
 def blocks_for(H: int, T: int, S: int, K: int, biased: bool = False) -> Blocks:
@@ -74,13 +82,20 @@ def blocks_for(H: int, T: int, S: int, K: int, biased: bool = False) -> Blocks:
     3 consumers where their tiles make 2 blocks a multiprocessor or more, else 2 that take turns; 1 for up to 64 rows.
     H100, 2026-11-24, TFLOP/s at 28/4/128, bfloat16, 6553 rows of 32768, 2 stages of 128 slots: 662 with 3, 607 with 2.
     `biased` blocks have at most 2: a number for each slot takes registers that 3 don't have.
+    Splits double, up to 4, until 2 parts a multiprocessor, as long as those of all S slots keep 8 blocks each: a first
+    rule, not tuned.
     """
+    def tiles(blocks: Blocks) -> int:
+        return K * -(-T // blocks.tile)
+
     sized = partial(Blocks, slots=64 if S <= 64 else 128, stages=4 if H == 64 else 2)
-    if T <= 64:
-        return sized(consumers=1, turns=False)
-    large = sized(consumers=3, turns=False)
-    enough = not biased and K * -(-T // large.tile) >= 2 * _MULTIPROCESSORS
-    return large if enough else sized(consumers=2, turns=True)
+    large, wanted = sized(consumers=3, turns=False), 2 * _MULTIPROCESSORS
+    if not biased and T > 64 and tiles(large) >= wanted:
+        return large
+    blocks = sized(consumers=1, turns=False) if T <= 64 else sized(consumers=2, turns=True)
+    steps = -(-S // blocks.slots)
+    splits = next(n for n in (1, 2, 4) if n == 4 or tiles(blocks) * n >= wanted or steps // (2 * n) < 8)
+    return dataclasses.replace(blocks, splits=splits)
 
 
 def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
@@ -118,8 +133,17 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     by_group = pos.reshape(tiles, blocks.consumers, -1)
     first = jnp.where(by_group < 0, S, by_group).min(2)
     full = jnp.minimum((first + 1) // blocks.slots, steps[:, None]).reshape(-1)
-    out = _kernel(K, tiles, H, q.dtype, blocks, bool(added), interpretable)(q, k, v, pos, steps, full, *added)
+    out, lse = _kernel(K, tiles, H, q.dtype, blocks, bool(added), interpretable)(q, k, v, pos, steps, full, *added)
+    if lse is not None:
+        out = _combine(*(x.reshape(blocks.splits, K, *x.shape[1:]) for x in (out, lse)))
     return out[:, : T * G].reshape(K, T, G, H).transpose(1, 0, 2, 3).reshape(T, N, H)
+
+
+def _combine(out: Float[Array, "P K T H"], lse: Float[Array, "P K T"]) -> Float[Array, "K T H"]:
+    """Outputs of softmaxes over parts of the slots, with the log 2 of each one's sum, as that over all slots."""
+    weights = jnp.exp2(lse - lse.max(0))
+    weights /= weights.sum(0)
+    return (weights[..., None] * out.astype(jnp.float32)).sum(0).astype(out.dtype)
 
 
 class _Scratch(NamedTuple):
@@ -130,6 +154,7 @@ class _Scratch(NamedTuple):
     v: Any
     bias: Any
     p: Any
+    lse: Any
     q_ready: Any
     k_ready: Any
     v_ready: Any
@@ -140,51 +165,59 @@ class _Scratch(NamedTuple):
 
 def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool, interpretable: bool):
     """The kernel from folded rows [K, tiles * tile, H] and each tile's blocks to folded outputs; `biased` adds a number
-    for each slot, in units of log 2."""
+    for each slot, in units of log 2. With splits it has outputs [splits * K, ...] and the log 2 of each row's sum in a
+    part, else None for these."""
     M, slots, stages, consumers = blocks.rows_per_group, blocks.slots, blocks.stages, blocks.consumers
+    splits = blocks.splits
     log2_scale = H**-0.5 * _LOG2_E
     per_row, per_slot = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def body(q_g, k_g, v_g, pos_g, steps_g, full_g, *others):
-        (bias_g, out_g, *scratch) = others if biased else (None, *others)
+        (bias_g, out_g, lse_g, *scratch) = others if biased else (None, *others)
         # Tiles of the largest positions have the most blocks: started first, the short ones fill the gaps at the end.
-        tile, head = tiles - 1 - lax.axis_index("tile"), lax.axis_index("head")
+        tile, output = tiles - 1 - lax.axis_index("tile"), lax.axis_index("head")
         thread = lax.axis_index("warpgroup")
-        steps = steps_g[tile]
+        head, begin, end = part_of(output, steps_g[tile])
 
         @pl.when(thread < consumers)
         def _():
             if consumers in _REGISTERS:
                 plgpu.set_max_registers(_REGISTERS[consumers][0], action="increase")
-            consume(thread, tile, head, steps, q_g, pos_g, full_g, out_g, _Scratch(*scratch))
+            consume(thread, tile, head, begin, end, q_g, pos_g, full_g, output, out_g, lse_g, _Scratch(*scratch))
 
         @pl.when(thread == consumers)
         def _():
             if consumers in _REGISTERS:
                 plgpu.set_max_registers(_REGISTERS[consumers][1], action="decrease")
-            produce(head, steps, k_g, v_g, bias_g, _Scratch(*scratch))
+            produce(head, begin, end, k_g, v_g, bias_g, _Scratch(*scratch))
+
+    def part_of(output, steps):  # heads of the first part come first
+        if splits == 1:
+            return output, 0, steps
+        part, head = lax.div(output, jnp.int32(K)), lax.rem(output, jnp.int32(K))
+        return head, *(lax.div(steps * p, jnp.int32(splits)) for p in (part, part + 1))
 
     def stage_of(step):
         return lax.rem(step, jnp.int32(stages))
 
-    def produce(head, steps, k_g, v_g, bias_g, smem: _Scratch):
-        @pl.loop(0, steps)
+    def produce(head, begin, end, k_g, v_g, bias_g, smem: _Scratch):
+        @pl.loop(begin, end)
         def _(step):
             stage, block = stage_of(step), (head, pl.ds(step * slots, slots))
             for source, target, ready, used in ((k_g, smem.k, smem.k_ready, smem.k_used),
                                                 (v_g, smem.v, smem.v_ready, smem.v_used)):
-                pl.when(step >= stages)(partial(plgpu.barrier_wait, used.at[stage]))
+                pl.when(step >= begin + stages)(partial(plgpu.barrier_wait, used.at[stage]))
                 plgpu.copy_gmem_to_smem(source.at[block], target.at[stage], ready.at[stage])
                 if biased and source is k_g:
                     plgpu.copy_gmem_to_smem(bias_g.at[block[1]], smem.bias.at[stage], ready.at[stage])
 
         # Who waited for a barrier must have seen all its arrivals when it goes out of scope.
-        @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
+        @pl.loop(lax.max(end - stages, jnp.int32(begin)), end)
         def _(step):
             for used in (smem.k_used, smem.v_used):
                 plgpu.barrier_wait(used.at[stage_of(step)])
 
-    def consume(thread, tile, head, steps, q_g, pos_g, full_g, out_g, smem: _Scratch):
+    def consume(thread, tile, head, begin, end, q_g, pos_g, full_g, output, out_g, lse_g, smem: _Scratch):
         rows = pl.ds(tile * blocks.tile + thread * M, M)
         q, full = smem.q.at[thread], full_g[tile * consumers + thread]
         plgpu.copy_gmem_to_smem(q_g.at[head, rows], q, smem.q_ready.at[thread])
@@ -244,7 +277,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool
         def add_values(i, acc, p):
             def product(acc_ref):
                 plgpu.wgmma(acc_ref, p, smem.v.at[stage_of(i)])
-                pl.when(i + 1 < steps)(partial(wait_for_k, i + 1))  # here the tensor cores are busy meanwhile
+                pl.when(i + 1 < end)(partial(wait_for_k, i + 1))  # here the tensor cores are busy meanwhile
                 return acc_ref[...] if interpretable else None
 
             if interpretable:
@@ -263,31 +296,41 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool
 
         carry = (plgpu.layout_cast(jnp.zeros((M, H), jnp.float32), plgpu.Layout.WGMMA), vector(_NOTHING_SEEN),
                  vector(0.0))
-        wait_for_k(jnp.int32(0))
+        if splits == 1:
+            wait_for_k(jnp.int32(0))
+        else:
+            pl.when(begin < end)(partial(wait_for_k, begin))  # fewer blocks than parts leave some of these empty
+            full = lax.max(begin, lax.min(full, end))
         # The second consumer starts half a step late, and the first one waits for it at the end.
         pl.when(thread == 1)(take_turns)
-        carry = lax.fori_loop(0, full, partial(step, masked=False), carry)
-        acc, _, total = lax.fori_loop(full, steps, partial(step, masked=True), carry)
+        carry = lax.fori_loop(begin, full, partial(step, masked=False), carry)
+        acc, top, total = lax.fori_loop(full, end, partial(step, masked=True), carry)
         pl.when(thread == 0)(take_turns)
 
         share = jnp.where(pos >= 0, 1 / jnp.maximum(total, 1e-30), 0.0)
         q[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(dtype)
+        if splits > 1:
+            smem.lse.at[thread][...] = top + jnp.log2(jnp.maximum(total, 1e-30))  # about _NOTHING_SEEN for an empty sum
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, out_g.at[head, rows])
+        plgpu.copy_smem_to_gmem(q, out_g.at[output, rows])
+        if splits > 1:
+            plgpu.copy_smem_to_gmem(smem.lse.at[thread], lse_g.at[output, rows])
         plgpu.wait_smem_to_gmem(0)
 
     layout: Any = (plgpu.TilingTransform(_TILING), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
     ring = plgpu.SMEM((stages, slots, H), dtype, transforms=layout)
     filled = plgpu.Barrier(num_barriers=stages)
     used = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
+    out = jax.ShapeDtypeStruct((splits * K, tiles * blocks.tile, H), dtype)
     return plgpu.kernel(
-        body, out_type=jax.ShapeDtypeStruct((K, tiles * blocks.tile, H), dtype), grid=(tiles, K),
-        grid_names=("tile", "head"), num_threads=consumers + 1, thread_name="warpgroup", kernel_name="row_attention",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        body, out_type=(out, jax.ShapeDtypeStruct(out.shape[:2], jnp.float32) if splits > 1 else None),
+        grid=(tiles, splits * K), grid_names=("tile", "head"), num_threads=consumers + 1, thread_name="warpgroup",
+        kernel_name="row_attention", compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=_Scratch(
             q=plgpu.SMEM((consumers, M, H), dtype, transforms=layout), k=ring, v=ring,
             bias=plgpu.SMEM((stages, slots), jnp.float32) if biased else None,
             p=plgpu.SMEM((consumers, M, slots), dtype, transforms=layout) if interpretable else None,
+            lse=plgpu.SMEM((consumers, M), jnp.float32) if splits > 1 else None,
             q_ready=plgpu.Barrier(num_barriers=consumers), v_ready=filled,
             k_ready=plgpu.Barrier(num_arrivals=2 if biased else 1, num_barriers=stages), k_used=used, v_used=used,
             turn=plgpu.Barrier(num_arrivals=consumers) if blocks.turns else None))
