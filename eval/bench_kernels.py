@@ -90,7 +90,8 @@ def variants(H: int) -> Iterator[Blocks]:
         blocks = Blocks(consumers=consumers, slots=slots, stages=stages, turns=consumers == 2)
         if blocks.smem(H) <= SMEM:
             yield blocks
-    yield Blocks(slots=64, stages=4)
+    yield from (Blocks(slots=64, stages=4), Blocks(splits=2), Blocks(splits=4))
+    yield from (Blocks(consumers=1, turns=False, splits=splits) for splits in (1, 2))
 
 
 def positions(rows: int, context: int, group: int) -> np.ndarray:
@@ -173,7 +174,8 @@ def variant(row: dict[str, Any]) -> str:
     if not (b := row["blocks"]):
         return ""
     turns = ", turns" if b["turns"] else ""
-    return f"{b['consumers']}x{b['rows_per_group']} rows, {b['slots']} slots, {b['stages']} stages{turns}"
+    splits = f", {b['splits']} splits" if b.get("splits", 1) > 1 else ""  # older results don't say
+    return f"{b['consumers']}x{b['rows_per_group']} rows, {b['slots']} slots, {b['stages']} stages{turns}{splits}"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
