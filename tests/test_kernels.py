@@ -123,17 +123,17 @@ def test_blocks_that_cannot_work_are_refused_with_the_limit():
 
 
 @pytest.mark.parametrize("H", [64, 128])
-@pytest.mark.parametrize("T, K, consumers, splits", [
-    (1, 8, 1, 4), (64, 4, 1, 4), (65, 4, 2, 4), (410 * 7, 4, 2, 4), (33 * 128, 4, 2, 2), (65 * 192, 4, 2, 1),
-    (65 * 192 + 1, 4, 3, 1), (65 * 192 + 1, 2, 2, 2)])
-def test_chosen_blocks_grow_with_the_rows_and_fit_shared_memory(H, T, K, consumers, splits):
-    for S, most in ((1, 1), (128, 1), (15 * 128, 1), (15 * 128 + 1, 2), (31 * 128, 2), (31 * 128 + 1, 4), (32768, 4)):
+@pytest.mark.parametrize("T, K, consumers, splits, biased_splits", [
+    (1, 8, 1, 4, 4), (64, 4, 1, 4, 4), (65, 4, 2, 4, 4), (32 * 128, 4, 2, 4, 4), (32 * 128 + 1, 4, 2, 2, 2),
+    (65 * 192, 4, 2, 2, 2), (65 * 192 + 1, 4, 3, 1, 2), (98 * 128 + 1, 4, 3, 1, 1), (65 * 192 + 1, 2, 2, 2, 2)])
+def test_chosen_blocks_grow_with_the_rows_and_fit_shared_memory(H, T, K, consumers, splits, biased_splits):
+    for S, most in ((1, 1), (128, 1), (2047, 1), (2048, 2), (3072, 3), (4096, 4), (32768, 4)):
         blocks = blocks_for(H, T, S, K)
         assert (blocks.consumers, blocks.splits) == (consumers, min(splits, most))
         assert blocks.smem(H, interpretable=True) <= SMEM
         assert blocks.smem(H, biased=True) <= SMEM
         biased = blocks_for(H, T, S, K, biased=True)
-        assert (biased.consumers, biased.splits) == (min(consumers, 2), blocks.splits)
+        assert (biased.consumers, biased.splits) == (min(consumers, 2), min(biased_splits, most))
         assert biased.smem(H, biased=True) <= SMEM
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -21,15 +22,15 @@ def dense_with_weights(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Fl
     T, N, H = q.shape
     K, S, _ = k.shape
     exact = precision(q.dtype)
-    grouped = q.reshape(T, K, N // K, H)
-    s = jnp.einsum("tkgh,ksh->kgts", grouped, k, preferred_element_type=jnp.float32, precision=exact) * H**-0.5
+    # Rows before slots in every product: XLA:GPU then has the softmax over a whole row in one kernel, where slots first
+    # take a kernel for each of its steps; XLA:CPU has only products in this order in bfloat16.
+    grouped = q.reshape(T, K, N // K, H).transpose(1, 2, 0, 3)
+    s = jnp.einsum("kgth,ksh->kgts", grouped, k, preferred_element_type=jnp.float32, precision=exact) * H**-0.5
     s = s if bias is None else s + bias
     # A padding row sees slot 0, so that its softmax is defined; its output is dropped.
     s = jnp.where(jnp.arange(S) <= jnp.maximum(positions, 0)[:, None], s, -jnp.inf)
-    p = jnp.exp(s - s.max(-1, keepdims=True))
-    total = p.sum(-1, keepdims=True)
-    # Transposed afterwards: for "tkgh" einsum swaps the operands, and XLA:CPU has no such product in bfloat16.
+    p = jax.nn.softmax(s, axis=-1)
     out = jnp.einsum("kgts,ksh->kgth", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact)
-    out = (out / total).transpose(2, 0, 1, 3).reshape(T, N, H)
+    out = out.transpose(2, 0, 1, 3).reshape(T, N, H)
     out = jnp.where(positions[:, None, None] >= 0, out, 0).astype(q.dtype)
-    return out, (p / total).transpose(2, 0, 1, 3).reshape(T, N, S)
+    return out, p.transpose(2, 0, 1, 3).reshape(T, N, S)

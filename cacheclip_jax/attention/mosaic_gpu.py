@@ -82,20 +82,18 @@ def blocks_for(H: int, T: int, S: int, K: int, biased: bool = False) -> Blocks:
     3 consumers where their tiles make 2 blocks a multiprocessor or more, else 2 that take turns; 1 for up to 64 rows.
     H100, 2026-11-24, TFLOP/s at 28/4/128, bfloat16, 6553 rows of 32768, 2 stages of 128 slots: 662 with 3, 607 with 2.
     `biased` blocks have at most 2: a number for each slot takes registers that 3 don't have.
-    Splits double, up to 4, until 2 parts a multiprocessor, as long as those of all S slots keep 8 blocks each: a first
-    rule, not tuned.
+    4 splits where tiles are fewer than multiprocessors, 2 up to 3 a multiprocessor, of 8 blocks or more each. H100,
+    2026-11-27, biased, 28/4/128, microseconds with 1, 2 and 4 splits: 167, 113, 104 for 409 rows of 8192; 168, 160, 163
+    for 819; 264, 245, 278 for 1638; 282, 255, 266 for 819 of 16384; 454, 446, 464 for 1638.
     """
-    def tiles(blocks: Blocks) -> int:
-        return K * -(-T // blocks.tile)
-
     sized = partial(Blocks, slots=64 if S <= 64 else 128, stages=4 if H == 64 else 2)
-    large, wanted = sized(consumers=3, turns=False), 2 * _MULTIPROCESSORS
-    if not biased and T > 64 and tiles(large) >= wanted:
+    large = sized(consumers=3, turns=False)
+    if T > 64 and not biased and K * -(-T // large.tile) >= 2 * _MULTIPROCESSORS:
         return large
     blocks = sized(consumers=1, turns=False) if T <= 64 else sized(consumers=2, turns=True)
-    steps = -(-S // blocks.slots)
-    splits = next(n for n in (1, 2, 4) if n == 4 or tiles(blocks) * n >= wanted or steps // (2 * n) < 8)
-    return dataclasses.replace(blocks, splits=splits)
+    tiles = K * -(-T // blocks.tile)
+    splits = 4 if tiles < _MULTIPROCESSORS else 2 if tiles < 3 * _MULTIPROCESSORS else 1
+    return dataclasses.replace(blocks, splits=max(min(splits, S // (8 * blocks.slots)), 1))
 
 
 def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"], positions: Int[Array, "T"],
