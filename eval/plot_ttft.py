@@ -20,11 +20,17 @@ from matplotlib import pyplot as plt
 _STYLE = {"device": "-", "pinned": "--", "disk": ":"}
 
 
+def newest(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """A model's rows, of those that measured the same cell the last with a speed-up."""
+    return list({(r["context"], r["method"], r["ratio"], r["caches"], r["aux"]): r for r in rows
+                 if r["model"] == model and "speedup" in r}.values())
+
+
 def draw(rows: list[dict[str, Any]], axes: Axes) -> None:
     """A line for each ratio and place of the caches, and the bound of each ratio."""
     lines = defaultdict(list)
     for r in rows:
-        if r["method"] == "cacheclip" and "speedup" in r:
+        if r["method"] == "cacheclip":
             lines[r["ratio"], r["caches"], r["aux"]].append((r["context"], r["speedup"]))
     ratios = sorted({ratio for ratio, _, _ in lines}, reverse=True)
     for (ratio, caches, aux), points in sorted(lines.items()):
@@ -46,11 +52,13 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("results", type=Path)
     arguments.add_argument("picture", type=Path)
+    arguments.add_argument("--model", default="qwen2.5-7b", help="whose rows are drawn, of each cell the last")
     args = arguments.parse_args()
-    rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+    rows = newest([json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()], args.model)
     figure, axes = plt.subplots(figsize=(8, 5))
     draw(rows, axes)
-    axes.set_title(f"{rows[0]['model']} on {rows[0]['device']}, {rows[0]['date']}")
+    dates = sorted({r["date"] for r in rows})
+    axes.set_title(f"{args.model} on {rows[0]['device']}, {dates[0]} to {dates[-1]}")
     figure.savefig(args.picture, bbox_inches="tight")
 
 
