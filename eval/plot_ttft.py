@@ -52,13 +52,19 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("results", type=Path)
     arguments.add_argument("picture", type=Path)
-    arguments.add_argument("--model", default="qwen2.5-7b", help="whose rows are drawn, of each cell the last")
+    arguments.add_argument("--model", help="whose rows are drawn, of each cell the last; the first row's by default")
     args = arguments.parse_args()
-    rows = newest([json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()], args.model)
+    measured = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+    models = list(dict.fromkeys(r["model"] for r in measured))
+    model = args.model or next(iter(models), "")
+    rows = newest(measured, model)
+    if not rows:
+        arguments.error(f"{args.results} has no speed-ups of {model or 'any model'}: "
+                        f"its models are {', '.join(models) or 'none'}")
     figure, axes = plt.subplots(figsize=(8, 5))
     draw(rows, axes)
     dates = sorted({r["date"] for r in rows})
-    axes.set_title(f"{args.model} on {rows[0]['device']}, {dates[0]} to {dates[-1]}")
+    axes.set_title(f"{model} on {rows[0]['device']}, {dates[0]} to {dates[-1]}")
     figure.savefig(args.picture, bbox_inches="tight")
 
 
