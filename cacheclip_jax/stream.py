@@ -29,7 +29,7 @@ class AnswerStream:
                                   *self._sampling, greedy=self._greedy)
         self._state.token.copy_to_host_async()  # queued behind the program, not asked for when that is seen to be done
         self._first = int(self._state.token)
-        self._ttft = prefill.clock.total()
+        self._ttft = prefill.clock.stop()
         self._cache: KVCache | None = prefill.cache
         self._result: Result | None = None
 
@@ -91,5 +91,5 @@ class AnswerStream:
             hits=p.fetched.hits, misses=p.fetched.misses, encoded=tuple(p.fetched.encoded),
             repaired=tuple(p.fetched.repaired), warnings=self.warnings,
             compiles=compiles.count() - p.compiled_before,
-            times=Times(**p.clock.settle(self._ttft), ttft=self._ttft, decode=decode_seconds),
+            times=Times(**p.clock.stages(), ttft=self._ttft, decode=decode_seconds),
             passages=p.passages, selection=Selection(p.plan.recompute, p.plan.scores))
