@@ -4,8 +4,9 @@
     python -m eval.report runs/smoke.jsonl --out runs/smoke
 
 Every answer is a row (eval/rows.py) of the file `out`. A run that was stopped goes on where it stopped when it is
-started again. `--config.shard=3/8` does the fourth of eight parts, a process for each GPU; its rows are a file of their
-own, and eval.report reads them all.
+started again. `--config.shard=3/8` does the fourth of eight parts of the samples, a process for each GPU;
+`--config.columns=0/3` the first of three parts of the methods, since one GPU has room for several processes and each
+compiles what its own methods need. Each writes a file of its own, and eval.report reads them all.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from eval.ledger import Key, Ledger
 from eval.pool import Answer, Pool
 from eval.presets import Entry, columns
 from eval.rows import Row
-from eval.samples import Job, jobs, prepared, rounds, shard
+from eval.samples import Job, jobs, part_of, prepared, rounds, shard
 from eval.script import start
 from eval.tasks import Sample
 
@@ -175,13 +176,17 @@ def _key(job: Job, sample: Sample, entry: Entry) -> Key:
 
 
 def columns_of(config: ConfigDict, adapter: Adapter | None = None) -> list[Entry]:
-    """The methods of a config, full attention first. Raises BadInput for two that reports couldn't tell apart."""
+    """The methods of a config, full attention first, or its part of them. Raises BadInput for two that reports couldn't
+    tell apart, and for a part without any."""
     named = columns(config.methods, adapter)
     out = [FULL, *(e for e in named if e.method != FULL.method)]
     twice = [e for i, e in enumerate(out) if str(e) in map(str, out[:i])]
     if twice:
         raise BadInput(f"two methods are called {twice[0]}: give one of them another label")
-    return out
+    part = out[part_of("columns", config.columns, len(out))]
+    if not part:
+        raise BadInput(f"columns={config.columns!r} is a part without a method: there are {len(out)}")
+    return part
 
 
 def run(config: ConfigDict) -> Path | None:
@@ -216,8 +221,12 @@ def fingerprint(adapter: Adapter) -> str:
 
 def target(config: ConfigDict) -> Path:
     """The run's file; a part of several has its own."""
-    out, (number, of) = Path(config.out), config.shard.split("/")
-    return out if of == "1" else out.with_name(f"{out.stem}.{number}of{of}{out.suffix}")
+    out = Path(config.out)
+    for kind, part in (("", config.shard), ("columns-", config.columns)):
+        number, _, of = part.partition("/")
+        if of != "1":
+            out = out.with_name(f"{out.stem}.{kind}{number}of{of}{out.suffix}")
+    return out
 
 
 def main(config: ConfigDict) -> None:

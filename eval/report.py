@@ -20,7 +20,7 @@ import typer
 
 from cacheclip_jax.errors import BadInput, CacheClipError
 from eval import figures
-from eval.rows import Cell, Row, against, cells, parts, pool, pooled_retention, read_rows, rival
+from eval.rows import Cell, Row, against, cells, complete, parts, pool, pooled_retention, read_rows, rival
 from eval.statistics import Comparison, Estimate
 
 
@@ -33,13 +33,12 @@ class Example:
     runs: tuple[tuple[str, bool], ...]
 
 
-def write(paths: Sequence[Path], out: Path, *, examples: int = 6, reference: str = "cacheclip") -> list[Path]:
-    """Write `out`.jsonl, .md and .html from files of rows; returns the three.
+def write(rows: Sequence[Row], out: Path, *, examples: int = 6, reference: str = "cacheclip") -> list[Path]:
+    """Write `out`.jsonl, .md and .html from rows; returns the three.
 
     reference: the method that others are tested against, at the same ratio, or at its largest one where a method has
       no ratio.
     """
-    rows = read_rows(paths)
     made = cells(rows)
     targets = [out.with_suffix(suffix) for suffix in (".jsonl", ".md", ".html")]
     lines = merged(targets[0], made)
@@ -192,7 +191,11 @@ def main(rows: Annotated[list[Path], typer.Argument(help="JSONL files of rows, s
          ) -> None:
     """Write results, Markdown and HTML of evaluation runs."""
     try:
-        for path in write(rows, out, examples=examples, reference=reference):
+        answers = read_rows(rows)
+        kept = complete(answers)
+        if left := len(answers) - len(kept):
+            print(f"{left} answers are left out: to samples that not every method of their run has answered")
+        for path in write(kept, out, examples=examples, reference=reference):
             print(path)
     except CacheClipError as e:
         print(f"error: {e}", file=sys.stderr)

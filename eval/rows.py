@@ -134,6 +134,28 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     return out
 
 
+def complete(rows: Sequence[Row]) -> list[Row]:
+    """The rows of samples that every column of their run and length has answered: where processes that share a run were
+    stopped by time, one may be ahead of another. Raises BadInput for a run without such a sample."""
+    def sample(row: Row) -> tuple[str, int, str, str]:
+        return row.run, row.length, row.task, row.sample
+
+    def column(row: Row) -> tuple[str, str, float | None]:
+        return row.method, row.preset, row.ratio
+
+    columns, answered = defaultdict(set), defaultdict(set)
+    for row in rows:
+        columns[sample(row)[:2]].add(column(row))
+        answered[sample(row)].add(column(row))
+    out = [row for row in rows if answered[sample(row)] == columns[sample(row)[:2]]]
+    for run, length in columns:
+        if not any((row.run, row.length) == (run, length) for row in out):
+            raise BadInput(f"no sample of run {run!r} at {length} was answered by all of its "
+                           f"{len(columns[run, length])} columns: let it run on, or leave out the file of rows that "
+                           "has too few")
+    return out
+
+
 def cells(rows: Sequence[Row]) -> list[Cell]:
     """One cell per run, task, length, method, preset and ratio, in the order of first appearance.
 

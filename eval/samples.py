@@ -101,18 +101,24 @@ def shard(asked: Sequence[Job], part: str, tokenizer: str, judged: int) -> list[
     Parts are runs of the list, so that a part has few tasks and compiles little. Raises BadInput for a part that isn't
     one.
     """
-    first, _, of = part.partition("/")
-    if not (first.isdecimal() and of.isdecimal() and int(first) < int(of)):
-        raise BadInput(f"shard={part!r}: write the part and how many there are, like 0/8")
+    part_of("shard", part, 0)  # refused before any sample is made
     counts = [job.count or len(made(job, tokenizer, judged).samples) for job in asked]
-    total, number, out, at = sum(counts), int(first), [], 0
-    begin, end = (total * (number + i) // int(of) for i in (0, 1))
+    mine, out, at = part_of("shard", part, sum(counts)), [], 0
     for job, count in zip(asked, counts, strict=True):
-        low, high = max(begin - at, 0), min(end - at, count)
+        low, high = max(mine.start - at, 0), min(mine.stop - at, count)
         if low < high:
             out.append((job, slice(low, high)))
         at += count
     return out
+
+
+def part_of(name: str, part: str, total: int) -> slice:
+    """The `part` ("0/8": the first of eight) of `total` things, one after another. Raises BadInput, with the setting's
+    `name`, for a part that isn't one."""
+    number, _, of = part.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise BadInput(f"{name}={part!r}: write the part and how many there are, like 0/8")
+    return slice(total * int(number) // int(of), total * (int(number) + 1) // int(of))
 
 
 def prepared(asked: Sequence[tuple[Job, slice]], tokenizer: str, judged: int, workers: int) -> Iterator[Made]:

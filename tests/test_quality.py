@@ -127,6 +127,22 @@ def test_selected_spans_are_the_recomputed_tokens_text(whole):
     assert full.selected and sum(b - a for a, b in full.selected) == len("".join(full.context))
 
 
+@pytest.mark.parametrize(("setting", "files"), [
+    ("shard", ["rows.0of2.jsonl", "rows.1of2.jsonl"]),
+    ("columns", ["rows.columns-0of2.jsonl", "rows.columns-1of2.jsonl"]),
+])
+def test_parts_make_up_the_whole(whole, config, setting, files):
+    found = []
+    for part in ("0/2", "1/2"):
+        config[setting] = part
+        found.append(run(config))
+    assert [f.name for f in found] == files
+    assert all(len(rows(f)) >= COLUMNS for f in found)
+    if setting == "columns":
+        assert [{r["method"] for r in rows(f)} for f in found] == [{"full", "naive"}, {"cacheclip"}]
+    close(sorted((r for f in found for r in rows(f)), key=lambda r: repr(key_of_dict(r))), rows(whole))
+
+
 @pytest.mark.parametrize("kept", [1, 7])
 def test_a_stopped_run_goes_on_to_the_same_rows(whole, config, kept):
     lines = whole.read_text().splitlines(keepends=True)
@@ -140,16 +156,6 @@ def test_a_stopped_run_goes_on_to_the_same_rows(whole, config, kept):
     assert not part.exists()
 
 
-def test_parts_make_up_the_whole(whole, config):
-    files = []
-    for part in ("0/2", "1/2"):
-        config.shard = part
-        files.append(run(config))
-    assert [f.name for f in files] == ["rows.0of2.jsonl", "rows.1of2.jsonl"]
-    assert all(len(rows(f)) >= COLUMNS for f in files)
-    close(sorted((r for f in files for r in rows(f)), key=lambda r: repr(key_of_dict(r))), rows(whole))
-
-
 def test_a_finished_run_is_not_overwritten(whole, config):
     before = whole.read_bytes()
     config.out = str(whole)
@@ -159,7 +165,7 @@ def test_a_finished_run_is_not_overwritten(whole, config):
 
 
 def test_a_report_can_be_written_of_it(whole, tmp_path):
-    assert "cacheclip lead-in" in write([whole], tmp_path / "report")[1].read_text()
+    assert "cacheclip lead-in" in write(read_rows([whole]), tmp_path / "report")[1].read_text()
 
 
 def test_the_adapters_column_is_scored_by_the_finetuned_aux_and_others_are_not(whole, config, long_pair, tmp_path):
@@ -212,6 +218,8 @@ def test_an_adapter_needs_its_aux_and_a_column(config, long_pair, tmp_path, chan
 @pytest.mark.parametrize(("changes", "named"), [
     ({"shard": "2/2"}, "shard='2/2'"),
     ({"shard": "1"}, "shard='1'"),
+    ({"columns": "3/3"}, "columns='3/3'"),
+    ({"columns": "0/9"}, "columns='0/9' is a part without a method: there are 4"),
     ({"judged": 0}, "judged=0"),
     ({"block": -1}, "block=-1"),
     ({"methods": ({"method": "cacheclop"},)}, "cacheclop"),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cacheclip_jax.errors import BadInput
 from eval import report
-from eval.rows import Row, against, cells, read_rows
+from eval.rows import Row, against, cells, complete, read_rows
 
 KEYS = ["run", "device", "date", "commit", "primary", "aux", "aux_adapter", "task", "length", "method", "preset",
         "ratio", "realised_ratio", "n", "score", "full_score", "retention", "ci_low", "ci_high", "kl_first_token",
@@ -141,12 +141,31 @@ def test_a_sample_without_full_attentions_answer_or_answered_twice_is_refused():
         cells([*rows(), rows()[1]])
 
 
+def test_of_a_stopped_run_the_samples_that_every_column_has_are_counted():
+    whole = rows()
+    late = [r for r in rows("r2") if (r.method, r.length) != ("naive", 4096) or (r.task, r.sample) < ("vt", "s7")]
+    kept = complete([*whole, *late])
+    assert kept[: len(whole)] == whole  # another run's samples have the same names
+    assert {(r.task, r.sample) for r in late if r.length == 4096} - {(r.task, r.sample) for r in kept
+                                                                     if (r.run, r.length) == ("r2", 4096)} \
+        == {("vt", "s7"), ("vt", "s8"), ("vt", "s9")}
+    assert {(len(c.rows), c.first.task) for c in cells(kept) if c.first.run == "r2" and c.first.length == 4096} \
+        == {(10, "niah_single_1"), (7, "vt")}
+    assert [r for r in kept if (r.run, r.length) == ("r2", 8192)] == rows("r2", lengths=(8192,))
+
+
+def test_a_run_none_of_whose_samples_every_column_has_is_refused():
+    apart = [r for r in rows("r2", lengths=(4096,)) if (r.method == "naive") == (r.task == "vt") or r.method == "full"]
+    with pytest.raises(BadInput, match="no sample of run 'r2' at 4096 was answered by all of its 4 columns"):
+        complete([*rows(), *apart])
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("written")
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(r.to_json() + "\n" for r in rows()), encoding="utf-8")
-    return source, report.write([source], tmp_path / "results" / "quality")
+    return source, report.write(rows(), tmp_path / "results" / "quality")
 
 
 def test_rows_survive_the_file(written):
@@ -168,7 +187,7 @@ def test_results_of_other_runs_stay_and_those_of_this_one_are_replaced(written, 
 
 def test_the_same_rows_give_the_same_bytes(written, tmp_path):
     source, first = written
-    second = report.write([source], tmp_path / "again")
+    second = report.write(read_rows([source]), tmp_path / "again")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
@@ -246,5 +265,11 @@ def test_the_command_writes_three_files_or_says_why_not(written, tmp_path):
     app.command()(report.main)
     done = CliRunner().invoke(app, [str(written[0]), "--out", str(tmp_path / "cli")])
     assert done.exit_code == 0 and all((tmp_path / f"cli.{s}").exists() for s in ("jsonl", "md", "html"))
+    assert "left out" not in done.output
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text("".join(written[0].read_text().splitlines(keepends=True)[:-1]))
+    done = CliRunner().invoke(app, [str(torn), "--out", str(tmp_path / "torn")])
+    assert done.exit_code == 0 and "3 answers are left out" in done.output
+    assert sum(json.loads(line)["n"] for line in (tmp_path / "torn.jsonl").read_text().splitlines()) == 4 * 39
     failed = CliRunner().invoke(app, [str(tmp_path / "none.jsonl")])
     assert failed.exit_code == 2 and "can't be read" in failed.output

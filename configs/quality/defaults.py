@@ -31,6 +31,7 @@ def base() -> ml_collections.ConfigDict:
         "examples": 2,  # samples a task whose rows keep their context and selection
         "times": False,  # measure each method alone; slower
         "shard": "0/1",  # the part of the samples that this process does, and how many parts there are
+        "columns": "0/1",  # the part of the methods, likewise
         "batch": 32,  # sequences decoded together
         "block": 4,  # samples of a task before the next task's, in turn, so that a stopped run has some of all; 0: all
         "workers": 12,  # processes that make samples ahead
