@@ -6,8 +6,8 @@ samples of a length, since a program takes longer to compile than a thousand ans
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import jax
@@ -33,8 +33,10 @@ from cacheclip_jax.side import Stage
 from eval.tasks import Sample
 
 FRAME_SLACK = 4  # tokens by which a template's and a text's may differ where they meet
-# Smallest number of rows, and sizes per doubling: compiling for another size takes as long as hundreds of answers.
-_ROWS: dict[Stage, tuple[int, int]] = {"question": (128, 2), "repair": (256, 2), "prefill": (512, 8)}
+# Smallest number of rows, and sizes per doubling. Few: compiling for another size takes as long as hundreds of answers.
+Sizes = Mapping[Stage, tuple[int, int]]
+FEW_SIZES: Sizes = {"question": (128, 2), "repair": (256, 2), "prefill": (512, 8)}
+MANY_SIZES: Sizes = {"question": (32, 4), "repair": (32, 4), "prefill": (512, 8)}  # for hundreds of repairs
 
 
 def located(model: str) -> str:
@@ -64,11 +66,12 @@ def frame_tokens(tokenizer: Tokenizer) -> int:
 @dataclass(frozen=True)
 class Lab:
     """A primary and, for methods that need one, an aux model, beside it perhaps as finetuning changed it; all on the
-    device."""
+    device. Programs are compiled for numbers of rows of these `sizes`."""
 
     primary: Model
     aux: Model | None
     adapted: Model | None = None
+    sizes: Sizes = field(default_factory=lambda: FEW_SIZES)
 
     def sides(self, sample: Sample, slots: int, room: int) -> Sides:
         """What the models bring to requests about a sample. Caches of the primary have `slots`, at least `room` of
@@ -76,15 +79,16 @@ class Lab:
 
         Raises ContextTooLong when the prompt and that room don't fit.
         """
-        primary = ResidentSide(self.primary, prompt_of(sample, self.primary.tokenizer), slots)
+        primary = ResidentSide(self.primary, prompt_of(sample, self.primary.tokenizer), slots, self.sizes)
         _check(primary, sample, room)
         if self.aux is None:
             return Sides(primary)
         prompt = prompt_of(sample, self.aux.tokenizer)
         slots = slots if len(prompt.ids) <= slots else bucket(len(prompt.ids), 1024)
-        aux = ResidentSide(self.aux, prompt, slots)
+        aux = ResidentSide(self.aux, prompt, slots, self.sizes)
         _check(aux, sample, 0)
-        return Sides(primary, aux, None if self.adapted is None else ResidentSide(self.adapted, prompt, slots))
+        adapted = None if self.adapted is None else ResidentSide(self.adapted, prompt, slots, self.sizes)
+        return Sides(primary, aux, adapted)
 
 
 @dataclass(frozen=True)
@@ -146,14 +150,14 @@ def adapter_of(directory: str, aux: str) -> Adapter | None:
 class ResidentSide:
     """A `Side` whose chunk caches are encoded when first asked for and stay on the device."""
 
-    def __init__(self, model: Model, prompt: Prompt, slots: int):
-        self.model, self.prompt, self.slots = model, prompt, slots
+    def __init__(self, model: Model, prompt: Prompt, slots: int, sizes: Sizes):
+        self.model, self.prompt, self.slots, self._sizes = model, prompt, slots, sizes
         self._feeds: dict[Behind, ResidentFeed] = {}
 
     def behind(self, lead_in: str) -> ResidentSide:
         """The same with chunks encoded behind a lead-in."""
         ids = _lead_in_ids(self.model.tokenizer, lead_in)
-        return ResidentSide(self.model, replace(self.prompt, lead_in=ids), self.slots)
+        return ResidentSide(self.model, replace(self.prompt, lead_in=ids), self.slots, self._sizes)
 
     @property
     def sharding(self) -> Sharding:
@@ -176,8 +180,8 @@ class ResidentSide:
         """Nothing is held back here."""
 
     def rows(self, count: int, stage: Stage) -> int:
-        """The size that holds `count` rows, of fewer sizes than the engine has."""
-        return bucket(count, *_ROWS[stage])
+        """The size that holds `count` rows."""
+        return bucket(count, *self._sizes[stage])
 
     def watch(self, stage: str, array: jax.Array, since: float | str | None = None) -> None:
         """No stages are timed here."""

@@ -1,0 +1,50 @@
+"""How much better could a selection be? The default's against a greedy search that knows full attention's answer.
+
+    python -m eval.headroom --config=configs/quality/headroom.py --config.data=DIR
+
+DIR holds the files that `defaults` names.
+"""
+
+import ml_collections
+
+from configs.quality import defaults
+
+RATIOS = (0.05, 0.1, 0.2)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Two samples of each of four tasks of 1,024 tokens, of the half that is for tuning: on two CPU cores about six
+    minutes a sample."""
+    at = {"ratios": RATIOS}
+    return ml_collections.ConfigDict({
+        "run": "headroom",
+        "out": "results/headroom",  # .jsonl and .md
+        "primary": "qwen2.5-coder-1.5b",
+        "aux": "qwen2.5-coder-0.5b",
+        "dtype": "float32",
+        "tasks": (
+            {"task": "niah_multikey_1", "data": defaults.TEXT, "chunk_tokens": 128},
+            {"task": "niah_multikey_2", "chunk_tokens": 128},
+            {"task": "vt", "chunk_tokens": 128},
+            {"task": "qa_1", "data": defaults.SQUAD},
+        ),
+        "lengths": (1024,),
+        "count": 2,
+        "split": "tune",
+        "seed": 0,
+        "data": "",  # folder of the tasks' files
+        "search": {"method": "cacheclip", "preset": "lead-in"},  # whose chunk caches, groups and discount
+        "ratios": RATIOS,
+        "width": 8,  # groups tried in each round but the first
+        "judged": 4,  # first tokens of full attention's answer that distributions are compared on
+        "methods": (
+            {"method": "naive", "preset": "lead-in"},
+            {"method": "cacheclip", "preset": "lead-in", **at},
+            {"method": "cacheclip", "preset": "lead-in", "label": "joint", "scoring": {"context": "joint"}, **at},
+            {"method": "prophetkv", "preset": "lead-in", **at},
+            {"method": "specprefill", **at},
+            *({"method": name, "label": "sentences", "lead_in": True, "grouping": {"longest": 96}, **at}
+              for name in ("oracle", "random")),
+        ),
+        "budget_seconds": 0.0,  # stop after so long; 0: never
+    })
