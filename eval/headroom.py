@@ -37,12 +37,13 @@ from eval import machine
 from eval.batch_decode import Reference, first_tokens
 from eval.lab import MANY_SIZES, Lab, load_lab, located, request
 from eval.presets import Entry, columns
-from eval.samples import jobs, made
+from eval.samples import jobs, made, rounds
 from eval.script import start
 from eval.statistics import kl_divergence
 from eval.tasks import Sample
 
 SEARCH = "search"  # what its rows have as method
+HEAD = 32  # tokens of a chunk, for the share of groups that begin there
 Row = dict[str, Any]
 
 
@@ -114,6 +115,15 @@ def groups_of(over: Request, method: AuxGuided) -> list[Int[np.ndarray, "n"]]:
     return np.split(np.arange(over.prompt.context_tokens), np.cumsum(sizes)[:-1])
 
 
+def at_heads(over: Request, groups: Sequence[Int[np.ndarray, "n"]]) -> Bool[np.ndarray, "G"]:
+    """Which groups begin within a chunk's first tokens, the first chunk's not among them: it follows the prefix in a
+    prompt, too."""
+    lengths = over.prompt.chunk_lengths
+    offsets = np.concatenate([np.arange(length) for length in lengths])
+    first = np.array([tokens[0] for tokens in groups])
+    return (offsets[first] < HEAD) & (first >= lengths[0])
+
+
 def compare(lab: Lab, sample: Sample, slots: int, searched: Entry, others: Sequence[Entry], ratios: Sequence[float],
             judged: int, width: int) -> Iterator[Row]:
     """A row for the search, among the groups of `searched`, at each ratio, and one for each other method."""
@@ -136,7 +146,7 @@ def compare(lab: Lab, sample: Sample, slots: int, searched: Entry, others: Seque
     def budget(ratio: float) -> int:
         return Budget(ratio=ratio).target(mine.prompt.context_tokens)
 
-    sizes = [len(tokens) for tokens in groups]
+    sizes, heads = [len(tokens) for tokens in groups], at_heads(mine, groups)
     steps = search(lambda chosen: judged_with(chosen)[0], sizes, budget(max(ratios)), width)
     spent = np.cumsum([sizes[step.group] for step in steps])
     best: dict[float | None, np.ndarray] = {}
@@ -146,7 +156,8 @@ def compare(lab: Lab, sample: Sample, slots: int, searched: Entry, others: Seque
         best[ratio] = mask(chosen)
         distance, same = judged_with(chosen)
         yield {"method": SEARCH, "ratio": ratio, "recomputed": int(best[ratio].sum()), "kl": distance, "same": same,
-               "groups": [[int(groups[step.group][0]), sizes[step.group], step.distance] for step in taken]}
+               "groups": [[int(groups[step.group][0]), sizes[step.group], step.distance] for step in taken],
+               "at_heads": int(heads[chosen].sum()), "at_heads_of_all": float(heads.mean())}
     for entry in others:
         plan = entry.method.plan(over[entry.lead_in])
         recompute = plan.fetched(mine.prompt.context_tokens).recompute
@@ -168,6 +179,10 @@ def summary(rows: Sequence[Row]) -> str:
         cells = (method, "" if ratio is None else f"{ratio:.0%}", f"{np.mean([r['kl'] for r in of]):.3f}",
                  f"{np.mean([r['same'] for r in of]):.0%}", f"{np.mean(found):.0%}" if found else "")
         lines.append(f"| {' | '.join(cells)} |")
+    found = [r for r in rows if (r["method"], r["ratio"]) == (SEARCH, max(r["ratio"] or 0 for r in rows))]
+    lines += ["", f"Of the {sum(len(r['groups']) for r in found)} groups that the search adds up to "
+              f"{found[0]['ratio']:.0%}, {sum(r['at_heads'] for r in found)} begin within the first {HEAD} tokens of a "
+              f"chunk other than the first; of all groups {np.mean([r['at_heads_of_all'] for r in found]):.0%} do."]
     return "\n".join(lines) + "\n"
 
 
@@ -188,17 +203,16 @@ def run(config: ConfigDict) -> list[Path]:
     enable_compilation_cache()
     tokenizer, commit = located(config.primary), machine.commit()
     lab = replace(load_lab(config.primary, config.aux, config.dtype, None), sizes=MANY_SIZES)
-    asked: list[tuple[str, Sample, int]] = []
-    for job in jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
-                    seed=config.seed):
-        of = made(job, tokenizer, config.judged)
-        asked += [(job.name, sample, of.slots) for sample in of.samples]
+    asked = jobs(config.tasks, config.lengths, config.data or None, count=config.count, split=config.split,
+                 seed=config.seed)
+    turns = list(rounds((made(job, tokenizer, config.judged) for job in asked), 1))  # a run that stops has some of all
     rows: list[Row] = []
-    for task, sample, slots in track(asked, "searching"):
+    for turn in track(turns, "searching"):
         if time.monotonic() > until:
             break
-        rows += [{"run": config.run, "task": task, "sample": sample.id, **row}
-                 for row in compare(lab, sample, slots, searched, others, config.ratios, config.judged, config.width)]
+        sample, = turn.samples
+        rows += [{"run": config.run, "task": turn.job.name, "sample": sample.id, **row} for row in compare(
+            lab, sample, turn.slots, searched, others, config.ratios, config.judged, config.width)]
     answered = {(row["task"], row["sample"]) for row in rows}
     about = (f"{config.primary} (primary), {config.aux} (aux), {config.dtype}, {machine.device()}, "
              f"{datetime.date.today().isoformat()}, commit {commit}; {len(answered)} samples of "

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from cacheclip_jax.model.load import load_model
 from cacheclip_jax.online import execute
 from cacheclip_jax.select import Windows
 from configs.quality import headroom as config_file
-from eval.headroom import SEARCH, Judge, groups_of, run, search
+from eval.headroom import SEARCH, Judge, at_heads, groups_of, run, search
 from eval.lab import Lab, request
 from eval.quality import columns_of
 from tests.test_lab import sample
@@ -72,6 +73,13 @@ def test_groups_are_the_contexts_tokens_each_once(over):
         groups_of(over, AuxGuided(grouping=Windows()))
 
 
+def test_heads_are_groups_that_begin_with_a_later_chunk():
+    prompt = SimpleNamespace(chunk_lengths=(40, 100, 10))
+    groups = [np.arange(start, start + 5) for start in (0, 35, 40, 71, 72, 135, 140, 145)]
+    assert at_heads(SimpleNamespace(prompt=prompt), groups).tolist() == [
+        False, False, True, True, False, False, True, True]
+
+
 @pytest.fixture
 def config(long_pair, tmp_path) -> ConfigDict:
     config = config_file.get_config()
@@ -92,11 +100,14 @@ def test_a_run_writes_what_search_and_methods_reach(config):
         for row in (small, large):
             assert row["recomputed"] == sum(tokens for _, tokens, _ in row["groups"])
             assert math.isclose(row["kl"], row["groups"][-1][2], rel_tol=1e-6) if row["groups"] else True
+            assert 0 <= row["at_heads"] <= len(row["groups"]) and 0 < row["at_heads_of_all"] < 1
         assert large["kl"] <= small["kl"] and large["recomputed"] <= clip["recomputed"]
         assert naive["recomputed"] == 0 and naive["found"] is None and 0 <= clip["found"] <= 1
     table = written[1].read_text(encoding="utf-8")
     mean = np.mean([r["kl"] for r in rows if (r["method"], r["ratio"]) == (SEARCH, 0.1)])
     assert "2 samples of niah_multikey_2" in table and f"| search | 10% | {mean:.3f} |" in table
+    heads = sum(r["at_heads"] for r in rows if (r["method"], r["ratio"]) == (SEARCH, 0.1))
+    assert f"up to 10%, {heads} begin within" in table
     with pytest.raises(BadInput, match=r"headroom.jsonl exists: name another --config.out"):
         run(config)
 
