@@ -56,7 +56,7 @@ class Step:
 
 
 def search(distance: Callable[[Sequence[int]], float], sizes: Sequence[int], most: int, width: int) -> list[Step]:
-    """Groups in the order in which they are added, of `most` tokens together; `distance` is that of a set of groups.
+    """Groups in the order in which they are added, of at most `most` tokens; `distance` is that of a set of them.
 
     In the first round every group is tried, later the `width` best that fit, by what they took off when last tried,
     then the next `width` until one of them takes anything off; where none does, the search ends.
@@ -179,7 +179,8 @@ def summary(rows: Sequence[Row]) -> str:
         cells = (method, "" if ratio is None else f"{ratio:.0%}", f"{np.mean([r['kl'] for r in of]):.3f}",
                  f"{np.mean([r['same'] for r in of]):.0%}", f"{np.mean(found):.0%}" if found else "")
         lines.append(f"| {' | '.join(cells)} |")
-    found = [r for r in rows if (r["method"], r["ratio"]) == (SEARCH, max(r["ratio"] or 0 for r in rows))]
+    searched = [r for r in rows if r["method"] == SEARCH]
+    found = [r for r in searched if r["ratio"] == max(r["ratio"] for r in searched)]
     lines += ["", f"Of the {sum(len(r['groups']) for r in found)} groups that the search adds up to "
               f"{found[0]['ratio']:.0%}, {sum(r['at_heads'] for r in found)} begin within the first {HEAD} tokens of a "
               f"chunk other than the first; of all groups {np.mean([r['at_heads_of_all'] for r in found]):.0%} do."]
@@ -187,7 +188,8 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def run(config: ConfigDict) -> list[Path]:
-    """Search and compare, and write the two files. Raises BadInput where they exist, or the task has no samples."""
+    """Search and compare, and write the two files. Raises BadInput where they exist, a task has no samples, or the time
+    is over before the first one."""
     until = time.monotonic() + config.budget_seconds if config.budget_seconds else float("inf")
     targets = [Path(f"{config.out}.{kind}") for kind in ("jsonl", "md")]
     if found := [str(t) for t in targets if t.exists()]:
@@ -213,6 +215,8 @@ def run(config: ConfigDict) -> list[Path]:
         sample, = turn.samples
         rows += [{"run": config.run, "task": turn.job.name, "sample": sample.id, **row} for row in compare(
             lab, sample, turn.slots, searched, others, config.ratios, config.judged, config.width)]
+    if not rows:
+        raise BadInput(f"the {config.budget_seconds} seconds were over before the first sample: give more")
     answered = {(row["task"], row["sample"]) for row in rows}
     about = (f"{config.primary} (primary), {config.aux} (aux), {config.dtype}, {machine.device()}, "
              f"{datetime.date.today().isoformat()}, commit {commit}; {len(answered)} samples of "

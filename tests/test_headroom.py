@@ -86,7 +86,7 @@ def config(long_pair, tmp_path) -> ConfigDict:
     config.update({"primary": str(long_pair[0]), "aux": str(long_pair[1]), "out": str(tmp_path / "headroom"),
                    "count": 2, "tasks": ({"task": "niah_multikey_2", "chunk_tokens": 200},), "ratios": (0.05, 0.1),
                    "methods": ({"method": "naive", "preset": "lead-in"},
-                               {"method": "cacheclip", "preset": "lead-in", "ratios": (0.1,)})})
+                               {"method": "cacheclip", "preset": "lead-in", "ratios": (0.1, 0.3)})})
     return config
 
 
@@ -94,15 +94,16 @@ def test_a_run_writes_what_search_and_methods_reach(config):
     written = run(config)
     rows = [json.loads(line) for line in written[0].read_text(encoding="utf-8").splitlines()]
     assert [(r["method"], r["ratio"]) for r in rows] == 2 * [
-        (SEARCH, 0.05), (SEARCH, 0.1), ("naive lead-in", None), ("cacheclip lead-in", 0.1)]
-    for small, large, naive, clip in (rows[:4], rows[4:]):
+        (SEARCH, 0.05), (SEARCH, 0.1), ("naive lead-in", None), ("cacheclip lead-in", 0.1), ("cacheclip lead-in", 0.3)]
+    for small, large, naive, clip, more in (rows[:5], rows[5:]):
         assert small["groups"] == large["groups"][: len(small["groups"])] and large["groups"]
         for row in (small, large):
             assert row["recomputed"] == sum(tokens for _, tokens, _ in row["groups"])
             assert math.isclose(row["kl"], row["groups"][-1][2], rel_tol=1e-6) if row["groups"] else True
             assert 0 <= row["at_heads"] <= len(row["groups"]) and 0 < row["at_heads_of_all"] < 1
         assert large["kl"] <= small["kl"] and large["recomputed"] <= clip["recomputed"]
-        assert naive["recomputed"] == 0 and naive["found"] is None and 0 <= clip["found"] <= 1
+        assert naive["recomputed"] == 0 and 0 <= clip["found"] <= 1
+        assert naive["found"] is None and more["found"] is None  # at ratios that the search isn't at
     table = written[1].read_text(encoding="utf-8")
     mean = np.mean([r["kl"] for r in rows if (r["method"], r["ratio"]) == (SEARCH, 0.1)])
     assert "2 samples of niah_multikey_2" in table and f"| search | 10% | {mean:.3f} |" in table
@@ -114,7 +115,7 @@ def test_a_run_writes_what_search_and_methods_reach(config):
 
 @pytest.mark.parametrize(("changes", "named"), [
     ({"ratios": ()}, "ratios="), ({"width": 0}, "width=0"), ({"judged": 0}, "judged=0"),
-    ({"search": {"method": "naive"}}, "not naive's"),
+    ({"search": {"method": "naive"}}, "not naive's"), ({"budget_seconds": 1e-6}, "1e-06 seconds were over"),
 ])
 def test_what_a_config_can_not_ask_is_refused(config, changes, named):
     config.update(changes)

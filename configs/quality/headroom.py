@@ -7,32 +7,19 @@
 
 import ml_collections
 
-from configs.quality import defaults
+from configs.quality import similarity
 
 RATIOS = (0.05, 0.1, 0.2)
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Two samples of each of four tasks of 1,024 tokens, of the half that is for tuning: on two CPU cores about nine
-    minutes a sample."""
-    at = {"ratios": RATIOS}
-    return ml_collections.ConfigDict({
+    """Two samples each of the tasks that `similarity` compares attention on: on two CPU cores about nine minutes a
+    sample."""
+    config, at = similarity.get_config(), {"ratios": RATIOS}
+    config.update({
         "run": "headroom",
         "out": "results/headroom",  # .jsonl and .md
-        "primary": "qwen2.5-coder-1.5b",
-        "aux": "qwen2.5-coder-0.5b",
-        "dtype": "float32",
-        "tasks": (
-            {"task": "niah_multikey_1", "data": defaults.TEXT, "chunk_tokens": 128},
-            {"task": "niah_multikey_2", "chunk_tokens": 128},
-            {"task": "vt", "chunk_tokens": 128},
-            {"task": "qa_1", "data": defaults.SQUAD},
-        ),
-        "lengths": (1024,),
         "count": 2,
-        "split": "tune",
-        "seed": 0,
-        "data": "",  # folder of the tasks' files
         "search": {"method": "cacheclip", "preset": "lead-in"},  # whose chunk caches, groups and discount
         "ratios": RATIOS,
         "width": 8,  # groups tried in each round but the first
@@ -48,3 +35,4 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         "budget_seconds": 0.0,  # stop after so long; 0: never
     })
+    return config
