@@ -39,7 +39,7 @@ from eval.lab import MANY_SIZES, Lab, load_lab, located, request
 from eval.presets import Entry, columns
 from eval.samples import jobs, made, rounds
 from eval.script import start
-from eval.statistics import kl_divergence
+from eval.statistics import kl_divergence, top1_agreement
 from eval.tasks import Sample
 
 SEARCH = "search"  # what its rows have as method
@@ -104,7 +104,7 @@ class Judge:
         counted = np.asarray(self.reference.counted)
         full = np.asarray(self.reference.logits, np.float32)[counted]
         this = np.concatenate([np.asarray(repaired.logits, np.float32)[None], np.asarray(further, np.float32)])[counted]
-        return float(kl_divergence(full, this).mean()), float((full.argmax(-1) == this.argmax(-1)).mean())
+        return float(kl_divergence(full, this).mean()), top1_agreement(full, this)
 
 
 def groups_of(over: Request, method: AuxGuided) -> list[Int[np.ndarray, "n"]]:

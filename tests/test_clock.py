@@ -46,12 +46,11 @@ def test_a_thread_that_wakes_up_late_changes_no_stage(asleep):
 
 def test_a_later_stage_seen_first_doesnt_begin_after_it(asleep):
     """The thread of the stage before is still asleep when another sees the later one."""
-    clock, asleep_pool = Clock(asleep[0]), asleep[0]
+    clock = Clock(asleep[0])
     clock.watch("select", jnp.ones(4) + 1)
     with ThreadPoolExecutor(1) as awake:
         clock._pool = awake
         clock.watch("recompute", jnp.ones(4) + 2, "select")
-    clock._pool = asleep_pool
     clock.stop()
     assert clock.stages()["recompute"] > 0
 

@@ -13,7 +13,7 @@ RATIOS = (0.05, 0.1, 0.2)
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Two samples each of the tasks that `similarity` compares attention on: on two CPU cores about nine minutes a
+    """Two samples each of the tasks that `similarity` compares attention on: on two CPU cores about ten minutes a
     sample."""
     config, at = similarity.get_config(), {"ratios": RATIOS}
     config.update({
