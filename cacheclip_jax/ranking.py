@@ -1,4 +1,5 @@
-"""Scores -> what groups are ranked by: tokens left out, chunks weighed against each other, neighbours averaged."""
+"""Scores -> what groups are ranked by: tokens left out, chunks weighed against each other, the question's own words,
+neighbours averaged."""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ from cacheclip_jax.errors import BadInput
 from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.select import pad_to_bucket
 
+RUN = 3  # tokens in a row that count as said again
+BITS = 21  # of a token id: three make a run, in 63
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -27,6 +31,8 @@ class Ranking:
       with them.
     chunk_power: a score is multiplied by its chunk's total to this power: -1 gives every chunk the same total, -0.5
       is half-way there, positive powers prefer the chunks that the question attends to.
+    lexical: what the context repeats of the question is added, in all this many times the scores' total: see
+      `repeated`. Attention looks for what is meant, and may miss an identifier among others like it.
     smooth: each score becomes the mean of this odd number of tokens around it, fewer at a chunk's ends.
     """
 
@@ -34,6 +40,7 @@ class Ranking:
     skip_formatting: bool = False
     chunk_power: float = 0.0
     smooth: int = 1
+    lexical: float = 0.0
 
     def __post_init__(self) -> None:
         if self.skip_first < 0:
@@ -42,11 +49,14 @@ class Ranking:
             raise BadInput(f"smooth={self.smooth} is out of range: an odd number of tokens, 1 for none but itself")
         if not -4 <= self.chunk_power <= 4:
             raise BadInput(f"chunk_power={self.chunk_power} is out of range: it must be between -4 and 4")
+        if not 0 <= self.lexical < float("inf"):
+            raise BadInput(f"lexical={self.lexical} is out of range: it must be 0 (none) or more, and finite")
 
 
-def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ranking) -> np.ndarray | jax.Array:
+def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ranking,
+         question: Sequence[int]) -> np.ndarray | jax.Array:
     """Scores of the chunks' tokens, chunks one after another, as `ranking` says; on device, followed by zeros to
-    their bucket. Doesn't wait for the scores."""
+    their bucket. `question` has its token ids. Doesn't wait for the scores."""
     if ranking == Ranking():
         return scores
     lengths = [len(c.ids) for c in chunks]
@@ -56,17 +66,44 @@ def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ran
     keep[: sum(lengths)] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
     if ranking.skip_formatting:
         keep[: sum(lengths)] &= ~np.concatenate([c.formatting for c in chunks])
-    return rank_tokens(padded, chunk, keep, np.float32(ranking.chunk_power), bucket(len(chunks), 16), ranking.smooth)
+    added = np.zeros(len(padded), np.float32)
+    if ranking.lexical and (said := repeated(question, chunks)).any():
+        added[: sum(lengths)] = ranking.lexical * said / said.sum()
+    return rank_tokens(padded, chunk, keep, np.float32(ranking.chunk_power), added, bucket(len(chunks), 16),
+                       ranking.smooth)
+
+
+def repeated(question: Sequence[int], chunks: Sequence[Encoded]) -> Float[np.ndarray, "C"]:
+    """How much each context token repeats the question: 1 / n² for the rarest run of three tokens that holds it, lies
+    in one chunk and is in the question too, n being how often the context has that run; 0 without one.
+    """
+    ids = np.concatenate([c.array for c in chunks])
+    out = np.zeros(len(ids), np.float32)
+    chunk = np.repeat(np.arange(len(chunks)), [len(c.ids) for c in chunks])
+    first = np.arange(max(len(ids) - RUN + 1, 0))
+    runs = _runs(ids)
+    at = first[(chunk[first] == chunk[first + RUN - 1]) & np.isin(runs, _runs(np.asarray(question)))]
+    _, kind, times = np.unique(runs[at], return_inverse=True, return_counts=True)
+    for later in range(RUN):
+        np.maximum.at(out, at + later, 1 / times[kind] ** 2)
+    return out
+
+
+def _runs(ids: Int[np.ndarray, "C"]) -> Int[np.ndarray, "R"]:
+    """A number for every run of `ids`, equal for equal runs."""
+    count = max(len(ids) - RUN + 1, 0)
+    return sum((ids[n : n + count].astype(np.int64) << BITS * n for n in range(RUN)), np.zeros(count, np.int64))
 
 
 @partial(jax.jit, static_argnames=("chunks", "smooth"))
 def rank_tokens(scores: Float[Array, "C"], chunk: Int[Array, "C"], keep: Bool[Array, "C"], power: Float[Array, ""],
-                chunks: int, smooth: int) -> Float[Array, "C"]:
-    """Zero scores that aren't kept, multiply each by its chunk's total to a power, average over neighbours of the same
-    chunk; `chunk` is each token's, below `chunks`, and -1 for padding."""
+                added: Float[Array, "C"], chunks: int, smooth: int) -> Float[Array, "C"]:
+    """Zero scores that aren't kept, multiply each by its chunk's total to a power, add `added` times the sum of them
+    all, average over neighbours of the same chunk; `chunk` is each token's, below `chunks`, and -1 for padding."""
     scores = jnp.where(keep, scores, 0)
     totals = jnp.where(chunk == jnp.arange(chunks)[:, None], scores, 0).sum(1)
     scores *= jnp.where(totals > 0, totals, 1)[jnp.maximum(chunk, 0)] ** power
+    scores += added * scores.sum()
     reach = smooth // 2
     near, of = jnp.pad(scores, reach), jnp.pad(chunk, reach, constant_values=-1)
     total, count = jnp.zeros_like(scores), jnp.zeros_like(scores)

@@ -60,15 +60,15 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     if most is None or isinstance(grouping, Windows):
         discount = jax.device_put(discount, side.sharding)
         scores = signal()
-        chosen = select_on_device(rank(scores, prompt.chunks, ranking), prompt.chunk_lengths, budget, grouping,
-                                  prompt.chunks, heads_of_chunks)
+        chosen = select_on_device(rank(scores, prompt.chunks, ranking, prompt.question), prompt.chunk_lengths, budget,
+                                  grouping, prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
     sent = request.aside(lambda: jax.device_put(
         (*prompt.in_slots(side.slots), Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks),
          discount), side.sharding))
     scores = signal()
     ids, bounds, groups, discount = sent()
-    ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking), prompt.context_tokens)
+    ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking, prompt.question), prompt.context_tokens)
     if isinstance(ranks, np.ndarray) or ranks.sharding != side.sharding:
         ranks = jax.device_put(ranks, side.sharding)
     mask, rows = best_rows(side.model.params.outer, ids, bounds, ranks, groups,
