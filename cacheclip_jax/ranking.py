@@ -39,8 +39,8 @@ class Ranking:
     skip_first: int = 0
     skip_formatting: bool = False
     chunk_power: float = 0.0
-    smooth: int = 1
     lexical: float = 0.0
+    smooth: int = 1
 
     def __post_init__(self) -> None:
         if self.skip_first < 0:

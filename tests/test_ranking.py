@@ -67,7 +67,7 @@ def test_ranks_follow_their_definition(lens, skip, power, smooth, formatting, le
     random = np.random.default_rng(seed)
     chunks = [alike(" ".join(random.choice(["w", "v", "-"], n))) for n in lens]
     question = alike(" ".join(random.choice(["w", "v", "-"], seed))).ids
-    ranking = Ranking(skip, formatting, power, smooth, lexical)
+    ranking = Ranking(skip, formatting, power, lexical, smooth)
     scores = scores_for(lens, seed)
     ranks = np.asarray(rank(scores, chunks, ranking, question))
     marks = np.concatenate([c.formatting for c in chunks])
