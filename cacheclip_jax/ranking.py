@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from cacheclip_jax.bucket import bucket
@@ -53,24 +54,50 @@ class Ranking:
             raise BadInput(f"lexical={self.lexical} is out of range: it must be 0 (none) or more, and finite")
 
 
+@struct.dataclass
+class Ranks:
+    """What a ranking needs beside scores, for a context's tokens and their padding; made on the host.
+
+    Scores of tokens to `keep` are multiplied by their chunk's total to a `power` (of `chunks` at most; `chunk` is each
+    token's, -1 for padding), then `added` times the sum of them all comes on top, then each becomes the mean of
+    `smooth` neighbours in its chunk. None where a ranking leaves a step out.
+    """
+
+    keep: Bool[Any, "C"]
+    power: Float[Any, ""] | None
+    added: Float[Any, "C"] | None
+    chunk: Int[Any, "C"] | None
+    chunks: int = struct.field(pytree_node=False)
+    smooth: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, chunks: Sequence[Encoded], ranking: Ranking, question: Sequence[int]) -> Ranks | None:
+        """For the chunks' tokens, chunks one after another, and the ids of the question's; None for no ranking."""
+        if ranking == Ranking():
+            return None
+        lengths = [len(c.ids) for c in chunks]
+        total, slots = sum(lengths), bucket(sum(lengths))
+        keep, power, added, chunk = np.zeros(slots, bool), None, None, None
+        keep[:total] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
+        if ranking.skip_formatting:
+            keep[:total] &= ~np.concatenate([c.formatting for c in chunks])
+        if ranking.chunk_power:
+            power = np.float32(ranking.chunk_power)
+        if ranking.lexical:
+            added, said = np.zeros(slots, np.float32), repeated(question, chunks)
+            added[:total] = ranking.lexical * said / (said.sum() or 1)
+        if power is not None or ranking.smooth > 1:
+            chunk = np.full(slots, -1, np.int32)
+            chunk[:total] = np.repeat(np.arange(len(lengths)), lengths)
+        return cls(keep, power, added, chunk, bucket(len(chunks), 16), ranking.smooth)
+
+
 def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ranking,
          question: Sequence[int]) -> np.ndarray | jax.Array:
     """Scores of the chunks' tokens, chunks one after another, as `ranking` says; on device, followed by zeros to
     their bucket. `question` has its token ids. Doesn't wait for the scores."""
-    if ranking == Ranking():
-        return scores
-    lengths = [len(c.ids) for c in chunks]
-    padded = pad_to_bucket(scores, sum(lengths))
-    chunk, keep = np.full(len(padded), -1, np.int32), np.zeros(len(padded), bool)
-    chunk[: sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
-    keep[: sum(lengths)] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
-    if ranking.skip_formatting:
-        keep[: sum(lengths)] &= ~np.concatenate([c.formatting for c in chunks])
-    added = np.zeros(len(padded), np.float32)
-    if ranking.lexical and (said := repeated(question, chunks)).any():
-        added[: sum(lengths)] = ranking.lexical * said / said.sum()
-    return rank_tokens(padded, chunk, keep, np.float32(ranking.chunk_power), added, bucket(len(chunks), 16),
-                       ranking.smooth)
+    ranks = Ranks.of(chunks, ranking, question)
+    return scores if ranks is None else rank_tokens(pad_to_bucket(scores, sum(len(c.ids) for c in chunks)), ranks)
 
 
 def repeated(question: Sequence[int], chunks: Sequence[Encoded]) -> Float[np.ndarray, "C"]:
@@ -95,19 +122,27 @@ def _runs(ids: Int[np.ndarray, "C"]) -> Int[np.ndarray, "R"]:
     return sum((ids[n : n + count].astype(np.int64) << BITS * n for n in range(RUN)), np.zeros(count, np.int64))
 
 
-@partial(jax.jit, static_argnames=("chunks", "smooth"))
-def rank_tokens(scores: Float[Array, "C"], chunk: Int[Array, "C"], keep: Bool[Array, "C"], power: Float[Array, ""],
-                added: Float[Array, "C"], chunks: int, smooth: int) -> Float[Array, "C"]:
-    """Zero scores that aren't kept, multiply each by its chunk's total to a power, add `added` times the sum of them
-    all, average over neighbours of the same chunk; `chunk` is each token's, below `chunks`, and -1 for padding."""
-    scores = jnp.where(keep, scores, 0)
-    totals = jnp.where(chunk == jnp.arange(chunks)[:, None], scores, 0).sum(1)
-    scores *= jnp.where(totals > 0, totals, 1)[jnp.maximum(chunk, 0)] ** power
-    scores += added * scores.sum()
-    reach = smooth // 2
+@jax.jit
+def rank_tokens(scores: Float[Array, "C"], ranks: Ranks | None) -> Float[Array, "C"]:
+    """The scores as `ranks` says, themselves where it says nothing."""
+    if ranks is None:
+        return scores
+    scores = jnp.where(ranks.keep, scores, 0)
+    if ranks.chunk is not None and ranks.power is not None:
+        totals = jnp.where(ranks.chunk == jnp.arange(ranks.chunks)[:, None], scores, 0).sum(1)
+        scores *= jnp.where(totals > 0, totals, 1)[jnp.maximum(ranks.chunk, 0)] ** ranks.power
+    if ranks.added is not None:
+        scores += ranks.added * scores.sum()
+    if ranks.chunk is not None and ranks.smooth > 1:
+        scores = _smoothed(scores, ranks.chunk, ranks.smooth)
+    return scores
+
+
+def _smoothed(scores: Float[Array, "C"], chunk: Int[Array, "C"], width: int) -> Float[Array, "C"]:
+    reach = width // 2
     near, of = jnp.pad(scores, reach), jnp.pad(chunk, reach, constant_values=-1)
     total, count = jnp.zeros_like(scores), jnp.zeros_like(scores)
-    for first in range(smooth):
+    for first in range(width):
         same = of[first : first + len(scores)] == chunk
         total += jnp.where(same, near[first : first + len(scores)], 0)
         count += same

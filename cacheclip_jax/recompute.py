@@ -21,6 +21,7 @@ from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
 from cacheclip_jax.plan import Context, Discount, Tail
+from cacheclip_jax.ranking import Ranks, rank_tokens
 from cacheclip_jax.select import Best, select_groups
 
 SPAN = 2  # layers of a program where nothing else decides: all at once take several times as long to compile on a CPU
@@ -43,10 +44,12 @@ def choose_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], r
 
 
 @partial(jax.jit, static_argnames="count")
-def best_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], scores: Float[Array, "C"], best: Best,
-              count: int) -> tuple[Bool[Array, "C"], tuple[Rows, Int[Array, "T"], Int[Array, ""]]]:
-    """`select_groups` and `choose_rows` as one program: between scoring and recompute there is no other."""
-    mask = select_groups(scores, best)
+def best_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], scores: Float[Array, "C"],
+              ranks: Ranks | None, best: Best, count: int
+              ) -> tuple[Bool[Array, "C"], tuple[Rows, Int[Array, "T"], Int[Array, ""]]]:
+    """`rank_tokens`, `select_groups` and `choose_rows` as one program: between scoring and recompute there is no other.
+    """
+    mask = select_groups(rank_tokens(scores, ranks), best)
     return mask, choose_rows(params, ids, bounds, mask, count)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Windows
 from cacheclip_jax.plan import Behind, Caches, Discount, Plan, Scores
-from cacheclip_jax.ranking import Ranking, rank
+from cacheclip_jax.ranking import Ranking, Ranks, rank
 from cacheclip_jax.recompute import best_rows
 from cacheclip_jax.request import Request
 from cacheclip_jax.select import Best, Budget, at_most, pad_to_bucket, select_on_device
@@ -64,13 +64,13 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
                                   grouping, prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
     sent = request.aside(lambda: jax.device_put(
-        (*prompt.in_slots(side.slots), Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks),
-         discount), side.sharding))
+        (*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, prompt.question),
+         Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount), side.sharding))
     scores = signal()
-    ids, bounds, groups, discount = sent()
-    ranks = pad_to_bucket(rank(scores, prompt.chunks, ranking, prompt.question), prompt.context_tokens)
-    if isinstance(ranks, np.ndarray) or ranks.sharding != side.sharding:
-        ranks = jax.device_put(ranks, side.sharding)
-    mask, rows = best_rows(side.model.params.outer, ids, bounds, ranks, groups,
+    ids, bounds, ranks, groups, discount = sent()
+    padded = pad_to_bucket(scores, prompt.context_tokens)
+    if isinstance(padded, np.ndarray) or padded.sharding != side.sharding:
+        padded = jax.device_put(padded, side.sharding)
+    mask, rows = best_rows(side.model.params.outer, ids, bounds, padded, ranks, groups,
                            side.rows(most + len(prompt.question), "repair"))
     return Plan(mask, scores, most, dense_layers, discount=discount, rows=rows)
