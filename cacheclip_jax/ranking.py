@@ -32,8 +32,9 @@ class Ranking:
       with them.
     chunk_power: a score is multiplied by its chunk's total to this power: -1 gives every chunk the same total, -0.5
       is half-way there, positive powers prefer the chunks that the question attends to.
-    lexical: what the context repeats of the question is added, in all this many times the scores' total: see
-      `repeated`. Attention looks for what is meant, and may miss an identifier among others like it.
+    lexical: what the context repeats of the question is added, see `repeated`: each token of a run that occurs once is
+      worth this share of the scores' total. Attention looks for what is meant, and may miss an identifier among others
+      like it.
     smooth: each score becomes the mean of this odd number of tokens around it, fewer at a chunk's ends.
     """
 
@@ -84,8 +85,8 @@ class Ranks:
         if ranking.chunk_power:
             power = np.float32(ranking.chunk_power)
         if ranking.lexical:
-            added, said = np.zeros(slots, np.float32), repeated(question, chunks)
-            added[:total] = ranking.lexical * said / (said.sum() or 1)
+            added = np.zeros(slots, np.float32)
+            added[:total] = ranking.lexical * repeated(question, chunks)
         if power is not None or ranking.smooth > 1:
             chunk = np.full(slots, -1, np.int32)
             chunk[:total] = np.repeat(np.arange(len(lengths)), lengths)

@@ -36,8 +36,7 @@ def repeated_by_hand(question, texts):
 
 def by_hand(scores, lens, ranking, formatting, said):
     powered = weighed(scores, lens, ranking, formatting)
-    if said.any():
-        powered = powered + ranking.lexical * powered.sum() * said / said.sum()
+    powered = powered + ranking.lexical * powered.sum() * said
     out, first = [], 0
     for n in lens:
         own = powered[first : first + n]

@@ -63,7 +63,7 @@ def selection() -> tuple[dict[str, Any], ...]:
         variant("windows", grouping={"size": 8, "density": 5}),
         variant("sentences 32", grouping={"longest": 32}),
         variant("smooth 13", ranking={"smooth": 13}),
-        *(variant(f"lexical {weight:g}", ranking={"lexical": weight}) for weight in (0.5, 2.0)),
+        *(variant(f"lexical {weight:g}", ranking={"lexical": weight}) for weight in (0.005, 0.02)),
         variant("no sinks", ranking={"skip_first": 4}),
         variant("no formatting", ranking={"skip_formatting": True}),
         *(variant(f"chunk power {power}", ranking={"chunk_power": power}) for power in (-0.5, 0.5)),

@@ -2,6 +2,7 @@
 
     python -m eval.quality --config=configs/quality/presets.py --config.data=DIR            # texts of the lead-in
     python -m eval.quality --config=configs/quality/presets.py:discounts --config.data=DIR  # without a lead-in
+    python -m eval.quality --config=configs/quality/presets.py:selections --config.data=DIR # layers, words, discount
     python -m eval.report runs/presets*.jsonl --out results/presets
 
 Full attention says what there is to reach.
@@ -15,11 +16,12 @@ from configs.quality import qa, ruler
 from configs.quality.lead_ins import LEAD_INS
 
 RATIOS = (0.05, 0.1, 0.2)
+WEIGHTS = (0.005, 0.01, 0.02)
 
 
 def get_config(which: str = "lead-ins") -> ml_collections.ConfigDict:
-    """`which`: lead-ins, ten samples of every task; or discounts, twenty of each of fifteen."""
-    return {"lead-ins": lead_ins, "discounts": discounts}[which]()
+    """`which`: lead-ins, ten samples of every task; discounts, twenty of each of fifteen; or selections, likewise."""
+    return {"lead-ins": lead_ins, "discounts": discounts, "selections": selections}[which]()
 
 
 def lead_ins() -> ml_collections.ConfigDict:
@@ -30,6 +32,30 @@ def lead_ins() -> ml_collections.ConfigDict:
         "tasks": (*config.tasks, *({**task, "lengths": (), "count": 10} for task in other.tasks)),
         "methods": (*(candidate(label, lead_in=text) for label, text in LEAD_INS.items()),
                     candidate("no lead-in", lead_in=""), late()),
+    })
+    return config
+
+
+def selections() -> ml_collections.ConfigDict:
+    """Which of the aux's 24 layers should score, how much repeating the question should count, and the discount."""
+    config = discounts()
+    kv, = (task for task in qa.get_config("tune").tasks if task["task"] == "kv")
+    middle, outer = {"scoring": {"layers": tuple(range(12, 18))}}, {"scoring": {"layers": tuple(range(12, 20))}}
+
+    def words(weight):
+        return {"ranking": {"lexical": weight}}
+
+    config.update({
+        "run": "presets-selections", "out": "runs/presets-selections.jsonl",
+        "tasks": (*config.tasks, {**kv, "lengths": (), "count": 20}),
+        "methods": (candidate("default"), *(candidate(f"words {weight:g}", **words(weight)) for weight in WEIGHTS),
+                    candidate("layers 12-17", **middle),
+                    *(candidate(f"layers 12-17, words {weight:g}", **middle, **words(weight)) for weight in WEIGHTS),
+                    candidate("layers 12-19, words 0.01", **outer, **words(0.01)),
+                    *(candidate(f"words 0.01, discount {nats:g}", discount=nats, **words(0.01)) for nats in (1.0, 1.4)),
+                    candidate("layers 12-17, words 0.01, discount 1", discount=1.0, **middle, **words(0.01)),
+                    *({"method": "prophetkv", "preset": "lead-in", "ratios": RATIOS},
+                      {"method": "specprefill", "ratios": RATIOS})),
     })
     return config
 
