@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from cacheclip_jax import CacheClip
 from cacheclip_jax.methods import Naive
 from cacheclip_jax.online import full_prefill
 from cacheclip_jax.store import ChunkStore
+from cacheclip_jax.store.store import WRITERS
 from eval import synthetic
 from eval.machine import command, commit, device, versions
 from eval.script import start
@@ -38,17 +41,38 @@ def copy_rate() -> float:
     return 6 * x.nbytes / (time.perf_counter() - started)
 
 
-def index(clip: CacheClip, config: Any) -> dict[str, Any]:
-    """Index passages, each never seen before; and full prefill of prompts as long as a chunk, and of one as long as a
-    batch of them."""
+def write_rate(folder: Path, size: int, files: int) -> float:
+    """Bytes per second of so many files of `size` bytes written to a folder's disk, each synced, several at a time as
+    a store does."""
+    data = np.random.default_rng(0).bytes(size)
+
+    def write(number: int) -> None:
+        with (folder / f"rate-{number}").open("wb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, range(files)))
+    seconds = time.perf_counter() - started
+    for number in range(files):
+        (folder / f"rate-{number}").unlink()
+    return files * size / seconds
+
+
+def index(clip: CacheClip, config: Any, folder: Path) -> dict[str, Any]:
+    """Index passages, each never seen before; what the disk takes; and full prefill of prompts as long as a chunk, and
+    of one as long as a batch of them."""
     warm = synthetic.passages(config.index_tokens, config.chunk_tokens, seed=1)
     clip.index(warm)
     reports = []
     for repeat in range(config.repeats):
         reports.append(clip.index(synthetic.passages(config.index_tokens, config.chunk_tokens, seed=2 + repeat)))
     rate = statistics.median(r.tokens / r.seconds for r in reports)
-    out: dict[str, Any] = {"tokens_per_s": rate, "bytes_per_s": rate * reports[0].bytes / reports[0].tokens,
-                           "chunk_tokens": config.chunk_tokens, "tokens": reports[0].tokens}
+    size = reports[0].bytes / reports[0].tokens
+    disk = write_rate(folder, round(config.chunk_tokens * size), reports[0].tokens // config.chunk_tokens)
+    out: dict[str, Any] = {"tokens_per_s": rate, "bytes_per_s": rate * size, "chunk_tokens": config.chunk_tokens,
+                           "tokens": reports[0].tokens, "disk_bytes_per_s": disk, "share_of_disk": rate * size / disk}
     model = clip.primary.model
     for name, tokens in (("chunk", config.chunk_tokens), ("batch", 8192)):
         ids = np.arange(tokens, dtype=np.int32) % 4096
@@ -87,8 +111,9 @@ def main(config: ConfigDict) -> None:
     with tempfile.TemporaryDirectory(dir=config.store or None) as store:
         clip = CacheClip(synthetic.random_model(config.primary, config.dtype), None, ChunkStore.open(store),
                          prompt_format=synthetic.FORMAT)
-        for name, measure in (("index", index), ("decode", decode)):
-            row = {**about, **measure(clip, config)}
+        measures = {"index": lambda: index(clip, config, Path(store)), "decode": lambda: decode(clip, config)}
+        for name in config.measured:
+            row = {**about, **measures[name]()}
             target = Path(config.out) / f"{name}.jsonl"
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("a", encoding="utf-8") as file:

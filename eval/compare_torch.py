@@ -37,7 +37,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from cacheclip_jax import Budget, CacheClip, Scoring
+from cacheclip_jax import Budget, CacheClip, Groups, Ranking, Scoring
 from cacheclip_jax.methods import AuxGuided, Full, Given, Naive
 from cacheclip_jax.model.pull import stored
 
@@ -268,7 +268,7 @@ class Comparison:
         """Aux scores on the aux's tokens, on the primary's, and the logits after what they select."""
         lengths = None
         for name, scoring in SCORINGS.items():
-            method = AuxGuided(Budget(ratio=RATIO), scoring, discount=0.0)
+            method = AuxGuided(Budget(ratio=RATIO), scoring, Groups(GROUP), Ranking(), discount=0.0)
             own = self.aux_clip.prefill(self.question, texts, method=method)
             theirs = self.aux_torch.score(own.prompt, scoring)
             self.add(f"scores: {name}", len(texts), "shared", "", own.plan.scores, theirs, self.exact)

@@ -38,8 +38,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "cacheclip": {
         "lead-in": {"lead_in": True},  # the default of `CacheClip.load`
         "no-discount": {"lead_in": True, "discount": 0.0},
+        "no-words": {"lead_in": True, "ranking": Ranking()},  # by attention alone
         "discount": {},  # the default without a lead-in
-        **{name: {"discount": 0.0, "grouping": Groups(8), **settings} for name, settings in _SETTINGS.items()},
+        **{name: {"discount": 0.0, "grouping": Groups(8), "ranking": Ranking(), **settings}
+           for name, settings in _SETTINGS.items()},
     },
     "naive": {"none": {"prefix": "none"}, "lead-in": {"lead_in": True}},
     "prophetkv": {name: {"grouping": Groups(8), **settings} for name, settings in _CALIBRATED.items()},

@@ -45,7 +45,7 @@ def clip(request, models, same) -> CacheClip:
 
 @pytest.mark.parametrize("method", [
     AuxGuided(Budget(ratio=0.3), grouping=Sentences(longest=16)), AuxGuided(Budget(tokens=40), heads_of_chunks=3),
-    AuxGuided(ranking=Ranking(chunk_power=-1, smooth=5, lexical=2.0)),
+    AuxGuided(ranking=Ranking(chunk_power=-1, smooth=5, lexical=0.1)), AuxGuided(ranking=Ranking()),
     AuxGuided(Budget(mass=0.5, at_least=0.2, at_most=0.4)), AuxGuided(grouping=Groups(4, "max")), EVERYTHING],
     ids=lambda m: f"{m.grouping}{m.ranking}{m.heads_of_chunks}")
 def test_a_plan_is_the_scores_ranked_and_selected(clip, method):

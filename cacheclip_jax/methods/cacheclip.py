@@ -17,7 +17,8 @@ from cacheclip_jax.select import Budget
 @dataclass(frozen=True)
 class AuxGuided(ByPrefix):
     """Recompute the groups of tokens that the aux model's attention ranks highest for the question: whole sentences or
-    lines, up to 96 tokens, so that no name or number is fresh in part.
+    lines, up to 96 tokens, so that no name or number is fresh in part. Tokens that repeat the question's own words rank
+    higher, so that an identifier is found among others like it.
 
     `heads_of_chunks` first tokens of every chunk are recomputed in any case, out of the same budget.
     `discount` nats are subtracted from attention to context tokens whose cache is stale: log 2, the default, lets them
@@ -28,7 +29,7 @@ class AuxGuided(ByPrefix):
     budget: Budget = field(default_factory=lambda: Budget(ratio=0.2))
     scoring: Scoring = field(default_factory=Scoring)
     grouping: Grouping = field(default_factory=lambda: Sentences(96))
-    ranking: Ranking = field(default_factory=Ranking)
+    ranking: Ranking = field(default_factory=lambda: Ranking(lexical=0.005))
     heads_of_chunks: int = 0
     discount: float = math.log(2)
     prefix: Behind = "shared"

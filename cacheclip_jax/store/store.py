@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cacheclip.store")
 
-_WRITERS = 4
+WRITERS = 4
 READERS = min(16, max(4, os.cpu_count() or 1))
 _NAMESPACE = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
@@ -52,8 +52,8 @@ class ChunkStore:
         self.kv = kv
         self.metrics = Metrics()
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="chunk-reader")
-        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="chunk-writer")
-        self._slots = BoundedSemaphore(2 * _WRITERS)
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="chunk-writer")
+        self._slots = BoundedSemaphore(2 * WRITERS)
         self._known_spaces: set[str] = set()
         self._pins: tuple[float, set[str]] | None = None
         for place in (self.blobs, self.pool):

@@ -12,6 +12,7 @@ def get_config(primary: str = "qwen2.5-7b") -> ml_collections.ConfigDict:
     """Rows are added to index.jsonl and decode.jsonl in the folder `out`."""
     return ml_collections.ConfigDict({
         "primary": primary,
+        "measured": ("index", "decode"),
         "dtype": "bfloat16",
         "chunk_tokens": 512,
         "index_tokens": 32768,
