@@ -19,7 +19,6 @@ from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.select import pad_to_bucket
 
 RUN = 3  # tokens in a row that count as said again
-BITS = 21  # of a token id: three make a run, in 63
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,28 @@ class Ranking:
 
 
 @struct.dataclass
-class Ranks:
-    """What a ranking needs beside scores, for a context's tokens and their padding; made on the host.
+class Words:
+    """What `repeated` compares: the context's ids, their padding anything, and the question's, padded with -1; and what
+    a token that repeats it is worth, as a share of all scores."""
 
-    Scores of tokens to `keep` are multiplied by their chunk's total to a `power` (of `chunks` at most; `chunk` is each
-    token's, -1 for padding), then `added` times the sum of them all comes on top, then each becomes the mean of
-    `smooth` neighbours in its chunk. None where a ranking leaves a step out.
+    context: Int[Any, "C"]
+    question: Int[Any, "Q"]
+    weight: Float[Any, ""]
+
+
+@struct.dataclass
+class Ranks:
+    """What a ranking needs beside scores, for a context's tokens and their padding; made on the host, by little more
+    than copying, since a request waits for it.
+
+    `chunk` is each token's, below `chunks`, and -1 for padding. The others are None where the ranking has no such step:
+    tokens to `keep`, the `power` of a chunk's total, the `words` of context and question. `smooth` is 1 for none.
     """
 
-    keep: Bool[Any, "C"]
+    chunk: Int[Any, "C"]
+    keep: Bool[Any, "C"] | None
     power: Float[Any, ""] | None
-    added: Float[Any, "C"] | None
-    chunk: Int[Any, "C"] | None
+    words: Words | None
     chunks: int = struct.field(pytree_node=False)
     smooth: int = struct.field(pytree_node=False)
 
@@ -78,19 +87,22 @@ class Ranks:
             return None
         lengths = [len(c.ids) for c in chunks]
         total, slots = sum(lengths), bucket(sum(lengths))
-        keep, power, added, chunk = np.zeros(slots, bool), None, None, None
-        keep[:total] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
-        if ranking.skip_formatting:
+        keep = power = words = None
+        chunk = np.full(slots, -1, np.int32)
+        chunk[:total] = np.repeat(np.arange(len(lengths)), lengths)
+        if ranking.skip_first or ranking.skip_formatting:
+            keep = np.zeros(slots, bool)
+            keep[:total] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
+        if keep is not None and ranking.skip_formatting:
             keep[:total] &= ~np.concatenate([c.formatting for c in chunks])
         if ranking.chunk_power:
             power = np.float32(ranking.chunk_power)
         if ranking.lexical:
-            added = np.zeros(slots, np.float32)
-            added[:total] = ranking.lexical * repeated(question, chunks)
-        if power is not None or ranking.smooth > 1:
-            chunk = np.full(slots, -1, np.int32)
-            chunk[:total] = np.repeat(np.arange(len(lengths)), lengths)
-        return cls(keep, power, added, chunk, bucket(len(chunks), 16), ranking.smooth)
+            words = Words(np.zeros(slots, np.int32), np.full(bucket(len(question), 32), -1, np.int32),
+                          np.float32(ranking.lexical))
+            np.concatenate([c.array for c in chunks], out=words.context[:total])
+            words.question[: len(question)] = question
+        return cls(chunk, keep, power, words, bucket(len(chunks), 16), ranking.smooth)
 
 
 def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ranking,
@@ -101,42 +113,38 @@ def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ran
     return scores if ranks is None else rank_tokens(pad_to_bucket(scores, sum(len(c.ids) for c in chunks)), ranks)
 
 
-def repeated(question: Sequence[int], chunks: Sequence[Encoded]) -> Float[np.ndarray, "C"]:
-    """How much each context token repeats the question: 1 / n² for the rarest run of three tokens that holds it, lies
-    in one chunk and is in the question too, n being how often the context has that run; 0 without one.
-    """
-    ids = np.concatenate([c.array for c in chunks])
-    out = np.zeros(len(ids), np.float32)
-    chunk = np.repeat(np.arange(len(chunks)), [len(c.ids) for c in chunks])
-    first = np.arange(max(len(ids) - RUN + 1, 0))
-    runs = _runs(ids)
-    at = first[(chunk[first] == chunk[first + RUN - 1]) & np.isin(runs, _runs(np.asarray(question)))]
-    _, kind, times = np.unique(runs[at], return_inverse=True, return_counts=True)
-    for later in range(RUN):
-        np.maximum.at(out, at + later, 1 / times[kind] ** 2)
-    return out
-
-
-def _runs(ids: Int[np.ndarray, "C"]) -> Int[np.ndarray, "R"]:
-    """A number for every run of `ids`, equal for equal runs."""
-    count = max(len(ids) - RUN + 1, 0)
-    return sum((ids[n : n + count].astype(np.int64) << BITS * n for n in range(RUN)), np.zeros(count, np.int64))
-
-
 @jax.jit
 def rank_tokens(scores: Float[Array, "C"], ranks: Ranks | None) -> Float[Array, "C"]:
     """The scores as `ranks` says, themselves where it says nothing."""
     if ranks is None:
         return scores
-    scores = jnp.where(ranks.keep, scores, 0)
-    if ranks.chunk is not None and ranks.power is not None:
+    scores = jnp.where((ranks.chunk >= 0) & (True if ranks.keep is None else ranks.keep), scores, 0)
+    if ranks.power is not None:
         totals = jnp.where(ranks.chunk == jnp.arange(ranks.chunks)[:, None], scores, 0).sum(1)
         scores *= jnp.where(totals > 0, totals, 1)[jnp.maximum(ranks.chunk, 0)] ** ranks.power
-    if ranks.added is not None:
-        scores += ranks.added * scores.sum()
-    if ranks.chunk is not None and ranks.smooth > 1:
-        scores = _smoothed(scores, ranks.chunk, ranks.smooth)
-    return scores
+    if ranks.words is not None:
+        worth = ranks.words.weight * repeated(ranks.words.context, ranks.chunk, ranks.words.question)
+        scores += worth * scores.sum()
+    return scores if ranks.smooth == 1 else _smoothed(scores, ranks.chunk, ranks.smooth)
+
+
+def repeated(context: Int[Array, "C"], chunk: Int[Array, "C"], question: Int[Array, "Q"]) -> Float[Array, "C"]:
+    """How much each context token repeats the question: 1 / n² for the rarest run of three tokens that holds it, lies
+    in one chunk and is in the question too, n being how often the context has that run; 0 without one. `chunk` is -1
+    for padding of the context's ids, and the question's are padded with -1.
+    """
+    runs, asked = _runs(context), _runs(question)
+    whole = (chunk >= 0) & (chunk == jnp.roll(chunk, 1 - RUN)) & (jnp.arange(len(chunk)) <= len(chunk) - RUN)
+    valid = (question >= 0) & (jnp.roll(question, 1 - RUN) >= 0) & (jnp.arange(len(question)) <= len(question) - RUN)
+    same = (runs[:, None] == asked).all(-1) & whole[:, None] & valid
+    times = jnp.maximum(same.sum(0), 1).astype(jnp.float32)
+    worth = jnp.where(same, times**-2, 0).max(1)  # of the run that begins at a token
+    return jnp.stack([jnp.roll(worth, later) for later in range(RUN)]).max(0)  # the last runs are 0: none comes around
+
+
+def _runs(ids: Int[Array, "C"]) -> Int[Array, "C 3"]:
+    """The run that begins at each token; the last ones' go on at the beginning."""
+    return jnp.stack([jnp.roll(ids, -later) for later in range(RUN)], -1)
 
 
 def _smoothed(scores: Float[Array, "C"], chunk: Int[Array, "C"], width: int) -> Float[Array, "C"]:
