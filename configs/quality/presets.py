@@ -16,7 +16,7 @@ from configs.quality import qa, ruler
 from configs.quality.lead_ins import LEAD_INS
 
 RATIOS = (0.05, 0.1, 0.2)
-WEIGHTS = (0.005, 0.01, 0.02)
+WEIGHTS = (0.0, 0.005, 0.01, 0.02)
 
 
 def get_config(which: str = "lead-ins") -> ml_collections.ConfigDict:
@@ -48,8 +48,7 @@ def selections() -> ml_collections.ConfigDict:
     config.update({
         "run": "presets-selections", "out": "runs/presets-selections.jsonl",
         "tasks": (*config.tasks, {**kv, "lengths": (), "count": 20}),
-        "methods": (candidate("default"), *(candidate(f"words {weight:g}", **words(weight)) for weight in WEIGHTS),
-                    candidate("layers 12-17", **middle),
+        "methods": (*(candidate(f"words {weight:g}", **words(weight)) for weight in WEIGHTS),
                     *(candidate(f"layers 12-17, words {weight:g}", **middle, **words(weight)) for weight in WEIGHTS),
                     candidate("layers 12-19, words 0.01", **outer, **words(0.01)),
                     *(candidate(f"words 0.01, discount {nats:g}", discount=nats, **words(0.01)) for nats in (1.0, 1.4)),
