@@ -14,7 +14,7 @@ from cacheclip_jax.documents import read_documents
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import AuxGuided, Method, make, takes_budget
 from cacheclip_jax.model.pull import MODELS, pull
-from eval.script import start
+from eval.script import rows_into, start
 
 
 def run(config) -> Path:
@@ -29,17 +29,14 @@ def run(config) -> Path:
     clip.index(read_documents(sources), chunk_tokens=config.chunk_tokens)
     questions = CORPUS / "questions.json" if config.questions == "demo" else Path(config.questions)
     items = json.loads(questions.read_text(encoding="utf-8"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".part")
-    with partial.open("w", encoding="utf-8") as out:
+    with rows_into(target) as write:
         for item in track(items, "asking"):
             chunks = clip.retrieve(item["question"], config.passages)
             for name in config.methods:
                 result = clip.ask(item["question"], chunks, method=configured(config, name),
                                   max_new_tokens=config.max_new_tokens)
                 row = {"question": item["question"], "accepted": item["answer"], **result.to_dict()}
-                out.write(json.dumps({**row, "correct": contains(result.text, item["answer"])}) + "\n")
-    partial.replace(target)
+                write({**row, "correct": contains(result.text, item["answer"])})
     return target
 
 

@@ -12,7 +12,6 @@ OUT.md (a table).
 from __future__ import annotations
 
 import datetime
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from eval.batch_decode import Reference, first_tokens
 from eval.lab import MANY_SIZES, Lab, load_lab, located, request
 from eval.presets import Entry, columns
 from eval.samples import jobs, made, rounds
-from eval.script import start
+from eval.script import rows_into, start
 from eval.statistics import kl_divergence, top1_agreement
 from eval.tasks import Sample
 
@@ -201,7 +200,6 @@ def run(config: ConfigDict) -> list[Path]:
     if not isinstance(searched.method, AuxGuided):
         raise BadInput(f"the search is among cacheclip's groups, not {searched.method.name}'s: change config.search")
     others = columns(config.methods)
-    targets[0].parent.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     tokenizer, commit = located(config.primary), machine.commit()
     lab = replace(load_lab(config.primary, config.aux, config.dtype, None), sizes=MANY_SIZES)
@@ -209,20 +207,21 @@ def run(config: ConfigDict) -> list[Path]:
                  seed=config.seed)
     turns = list(rounds((made(job, tokenizer, config.judged) for job in asked), 1))  # a run that stops has some of all
     rows: list[Row] = []
-    for turn in track(turns, "searching"):
-        if time.monotonic() > until:
-            break
-        sample, = turn.samples
-        rows += [{"run": config.run, "task": turn.job.name, "sample": sample.id, **row} for row in compare(
-            lab, sample, turn.slots, searched, others, config.ratios, config.judged, config.width)]
-    if not rows:
-        raise BadInput(f"the {config.budget_seconds} seconds were over before the first sample: give more")
+    with rows_into(targets[0]) as write:
+        for turn in track(turns, "searching"):
+            if time.monotonic() > until:
+                break
+            sample, = turn.samples
+            for row in compare(lab, sample, turn.slots, searched, others, config.ratios, config.judged, config.width):
+                rows.append({"run": config.run, "task": turn.job.name, "sample": sample.id, **row})
+                write(rows[-1])
+        if not rows:
+            raise BadInput(f"the {config.budget_seconds} seconds were over before the first sample: give more")
     answered = {(row["task"], row["sample"]) for row in rows}
     about = (f"{config.primary} (primary), {config.aux} (aux), {config.dtype}, {machine.device()}, "
              f"{datetime.date.today().isoformat()}, commit {commit}; {len(answered)} samples of "
              f"{', '.join(dict.fromkeys(task for task, _ in sorted(answered)))} at "
              f"{', '.join(map(str, config.lengths))} tokens.")
-    targets[0].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     targets[1].write_text(f"{about}\n\n{summary(rows)}", encoding="utf-8")
     return targets
 

@@ -10,7 +10,6 @@ for each sample and pair of layers), OUT.md (a table) and OUT.svg.
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from eval import machine
 from eval.lab import ResidentSide, load_lab, located
 from eval.plot_similarity import draw
 from eval.samples import jobs, made
-from eval.script import start
+from eval.script import rows_into, start
 from eval.tasks import Sample
 
 Context = Literal["joint", "cached"]
@@ -141,7 +140,6 @@ def run(config: ConfigDict) -> list[Path]:
     targets = [Path(f"{config.out}.{kind}") for kind in ("jsonl", "md", "svg")]
     if found := [str(t) for t in targets if t.exists()]:
         raise BadInput(f"{found[0]} exists: name another --config.out, or delete it")
-    targets[0].parent.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     tokenizer, commit = located(config.primary), machine.commit()
     lab = load_lab(config.primary, config.aux, config.dtype, None)
@@ -151,12 +149,13 @@ def run(config: ConfigDict) -> list[Path]:
         of = made(job, tokenizer, judged=1)
         asked += [(job.name, sample, of.slots) for sample in of.samples]
     rows: list[Row] = []
-    for task, sample, slots in track(asked, "comparing"):
-        sides = lab.sides(sample, slots, 1)
-        assert sides.aux is not None
-        compared = compare(sides.primary, sides.aux)
-        rows += [{"run": config.run, "task": task, "sample": sample.id, **row} for row in compared]
-    targets[0].write_text("".join(json.dumps(_rounded(row)) + "\n" for row in rows), encoding="utf-8")
+    with rows_into(targets[0]) as write:
+        for task, sample, slots in track(asked, "comparing"):
+            sides = lab.sides(sample, slots, 1)
+            assert sides.aux is not None
+            for row in compare(sides.primary, sides.aux):
+                rows.append({"run": config.run, "task": task, "sample": sample.id, **row})
+                write(_rounded(rows[-1]))
     tokens = [len(sample.context) for _, sample, _ in asked]
     about = (f"{config.primary} (primary), {config.aux} (aux), {config.dtype}, {machine.device()}, "
              f"{datetime.date.today().isoformat()}, commit {commit}; {len(asked)} samples of "

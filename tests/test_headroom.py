@@ -113,6 +113,21 @@ def test_a_run_writes_what_search_and_methods_reach(config):
         run(config)
 
 
+def test_a_run_that_is_killed_leaves_the_rows_that_it_had(config, monkeypatch, tmp_path):
+    def killed_at_the_second(lab, sample, *asked):
+        if sample.id.endswith("/1"):
+            raise KeyboardInterrupt
+        yield {"method": SEARCH, "ratio": 0.1}
+        yield {"method": "naive", "ratio": None}
+
+    monkeypatch.setattr("eval.headroom.compare", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    part, = tmp_path.iterdir()
+    rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+    assert part.name == "headroom.jsonl.part" and [r["method"] for r in rows] == [SEARCH, "naive"]
+
+
 @pytest.mark.parametrize(("changes", "named"), [
     ({"ratios": ()}, "ratios="), ({"width": 0}, "width=0"), ({"judged": 0}, "judged=0"),
     ({"search": {"method": "naive"}}, "not naive's"), ({"budget_seconds": 1e-6}, "1e-06 seconds were over"),
