@@ -19,6 +19,7 @@ from cacheclip_jax.model.tokenizer import Encoded
 from cacheclip_jax.select import pad_to_bucket
 
 RUN = 3  # tokens in a row that count as said again
+BLOCK = 256  # of the question's tokens that the context is compared with at once: bounds memory
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class Ranks:
         if ranking.chunk_power:
             power = np.float32(ranking.chunk_power)
         if ranking.lexical:
-            words = Words(np.zeros(slots, np.int32), np.full(bucket(len(question), 32), -1, np.int32),
-                          np.float32(ranking.lexical))
+            room = bucket(len(question), 32 if len(question) <= BLOCK else BLOCK)
+            words = Words(np.zeros(slots, np.int32), np.full(room, -1, np.int32), np.float32(ranking.lexical))
             np.concatenate([c.array for c in chunks], out=words.context[:total])
             words.question[: len(question)] = question
         return cls(chunk, keep, power, words, bucket(len(chunks), 16), ranking.smooth)
@@ -131,14 +132,20 @@ def rank_tokens(scores: Float[Array, "C"], ranks: Ranks | None) -> Float[Array, 
 def repeated(context: Int[Array, "C"], chunk: Int[Array, "C"], question: Int[Array, "Q"]) -> Float[Array, "C"]:
     """How much each context token repeats the question: 1 / n² for the rarest run of three tokens that holds it, lies
     in one chunk and is in the question too, n being how often the context has that run; 0 without one. `chunk` is -1
-    for padding of the context's ids, and the question's are padded with -1.
+    for padding of the context's ids, and the question's are padded with -1, to a multiple of BLOCK where they are more.
     """
-    runs, asked = _runs(context), _runs(question)
+    runs, size = _runs(context), min(len(question), BLOCK)
     whole = (chunk >= 0) & (chunk == jnp.roll(chunk, 1 - RUN)) & (jnp.arange(len(chunk)) <= len(chunk) - RUN)
     valid = (question >= 0) & (jnp.roll(question, 1 - RUN) >= 0) & (jnp.arange(len(question)) <= len(question) - RUN)
-    same = (runs[:, None] == asked).all(-1) & whole[:, None] & valid
-    times = jnp.maximum(same.sum(0), 1).astype(jnp.float32)
-    worth = jnp.where(same, times**-2, 0).max(1)  # of the run that begins at a token
+
+    def compare(worth, asked):
+        its_runs, real = asked
+        same = (runs[:, None] == its_runs).all(-1) & whole[:, None] & real
+        times = jnp.maximum(same.sum(0), 1).astype(jnp.float32)
+        return jnp.maximum(worth, jnp.where(same, times**-2, 0).max(1)), None
+
+    blocks = _runs(question).reshape(-1, size, RUN), valid.reshape(-1, size)
+    worth, _ = jax.lax.scan(compare, jnp.zeros(len(chunk)), blocks)  # of the run that begins at a token
     return jnp.stack([jnp.roll(worth, later) for later in range(RUN)]).max(0)  # the last runs are 0: none comes around
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheclip_jax.errors import BadInput
-from cacheclip_jax.ranking import Ranking, rank
+from cacheclip_jax.ranking import BLOCK, Ranking, rank
 from tests.test_select import lengths, scores_for, words
 
 TEXTS = ["One two, three. - Four", "five 6 *** seven", "... eight"]
@@ -94,6 +94,17 @@ def test_every_chunk_has_the_same_total_at_power_minus_one():
 def test_no_ranking_leaves_the_scores_themselves():
     scores = np.ones(4, np.float32)
     assert rank(scores, [words("a b c d")], Ranking(), ()) is scores
+
+
+def test_all_of_a_long_question_counts():
+    """Also what lies across two of the blocks that it is compared in."""
+    ids = np.random.default_rng(0).permutation(5000)[: 2 * BLOCK + 9].tolist()
+    chunks = [replace(words(" ".join("w" * 9)), ids=(*ids[at : at + 4], 9001, 9002, *ids[at + 7 : at + 10]))
+              for at in (0, BLOCK - 2, 2 * BLOCK - 1)]
+    ranks = np.asarray(rank(np.ones(27, np.float32), chunks, Ranking(lexical=1.0), ids))
+    said = np.array(repeated_by_hand(ids, [list(c.ids) for c in chunks]))
+    assert said.astype(bool).tolist() == [True, True, True, True, False, False, True, True, True] * 3
+    np.testing.assert_allclose(ranks[:27], 1 + 27 * said, rtol=1e-6)
 
 
 def test_a_name_in_the_question_is_ranked_first_where_it_stands_once():
