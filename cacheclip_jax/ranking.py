@@ -94,8 +94,8 @@ class Ranks:
         if ranking.skip_first or ranking.skip_formatting:
             keep = np.zeros(slots, bool)
             keep[:total] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
-        if keep is not None and ranking.skip_formatting:
-            keep[:total] &= ~np.concatenate([c.formatting for c in chunks])
+            if ranking.skip_formatting:
+                keep[:total] &= ~np.concatenate([c.formatting for c in chunks])
         if ranking.chunk_power:
             power = np.float32(ranking.chunk_power)
         if ranking.lexical:

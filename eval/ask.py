@@ -14,7 +14,8 @@ from cacheclip_jax.documents import read_documents
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import AuxGuided, Method, make, takes_budget
 from cacheclip_jax.model.pull import MODELS, pull
-from eval.script import rows_into, start
+from eval.ledger import rows_into
+from eval.script import start
 
 
 def run(config) -> Path:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from cacheclip_jax import CacheClip
+from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import Naive
 from cacheclip_jax.online import full_prefill
 from cacheclip_jax.store import ChunkStore
@@ -104,6 +105,8 @@ def decode(clip: CacheClip, config: Any) -> dict[str, Any]:
 
 def main(config: ConfigDict) -> None:
     """The script."""
+    if unknown := [name for name in config.measured if name not in ("index", "decode")]:
+        raise BadInput(f"measured={unknown[0]!r} is unknown: choose index, decode or both")
     console = Console()
     about = {"device": device(), "date": datetime.date.today().isoformat(), "commit": commit(), "versions": versions(),
              "command": command("eval.bench_throughput"), "model": config.primary,

@@ -35,9 +35,10 @@ from cacheclip_jax.select import Budget, Windows
 from eval import machine
 from eval.batch_decode import Reference, first_tokens
 from eval.lab import MANY_SIZES, Lab, load_lab, located, request
+from eval.ledger import rows_into
 from eval.presets import Entry, columns
 from eval.samples import jobs, made, rounds
-from eval.script import rows_into, start
+from eval.script import start
 from eval.statistics import kl_divergence, top1_agreement
 from eval.tasks import Sample
 

@@ -1,9 +1,11 @@
-"""The ledger: an evaluation's rows on disk, written as they come, read again after an interruption."""
+"""The ledger: an evaluation's rows on disk, written as they come, read again after an interruption; and the same for
+scripts that don't go on after one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,3 +78,20 @@ class Ledger:
         if end < len(whole):
             with self._part.open("r+b") as file:
                 file.truncate(end)
+
+
+@contextmanager
+def rows_into(target: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Gives a function that writes a row as a line of JSON, on disk at once: into `target` with .part behind it, which
+    gets its name when all are there. Raises BadInput where a run that was killed has left rows."""
+    part = target.with_name(target.name + ".part")
+    if part.exists() and part.stat().st_size:
+        raise BadInput(f"{part} has the rows of a run that didn't finish: move it away, or delete it")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("w", encoding="utf-8") as file:
+        def write(row: Mapping[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        yield write
+    part.replace(target)

@@ -1,14 +1,9 @@
-"""How the scripts with a config start, `python -m eval.NAME --config=FILE [--config.field=value ...]`, and how they
-write rows."""
+"""How the scripts with a config start: `python -m eval.NAME --config=FILE [--config.field=value ...]`."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -32,18 +27,3 @@ def start(main: Callable[[ConfigDict], None], what: str) -> None:
             sys.exit(f"error: {e}")
 
     app.run(run)
-
-
-@contextmanager
-def rows_into(target: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Gives a function that writes a row as a line of JSON, on disk at once: into `target` with .part behind it, which
-    gets its name when all are there. A run that is killed leaves its rows; the next one writes them over."""
-    part = target.with_name(target.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", encoding="utf-8") as file:
-        def write(row: Mapping[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        yield write
-    part.replace(target)

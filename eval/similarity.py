@@ -29,9 +29,10 @@ from cacheclip_jax.request import scores_between
 from cacheclip_jax.score import Scoring, embed_and_score
 from eval import machine
 from eval.lab import ResidentSide, load_lab, located
+from eval.ledger import rows_into
 from eval.plot_similarity import draw
 from eval.samples import jobs, made
-from eval.script import rows_into, start
+from eval.script import start
 from eval.tasks import Sample
 
 Context = Literal["joint", "cached"]

@@ -126,6 +126,9 @@ def test_a_run_that_is_killed_leaves_the_rows_that_it_had(config, monkeypatch, t
     part, = tmp_path.iterdir()
     rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
     assert part.name == "headroom.jsonl.part" and [r["method"] for r in rows] == [SEARCH, "naive"]
+    with pytest.raises(BadInput, match=r"headroom.jsonl.part has the rows of a run that didn't finish"):
+        run(config)
+    assert len(part.read_text(encoding="utf-8").splitlines()) == 2
 
 
 @pytest.mark.parametrize(("changes", "named"), [
