@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cacheclip_jax.caches import ChunkCaches
 from cacheclip_jax.documents import Document, split
 from cacheclip_jax.encode import Fetch, ahead
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.store import ChunkStore, Passage
+
+WINDOW = 128  # passages that are published together, at least
 
 
 @dataclass(frozen=True)
@@ -37,48 +38,74 @@ def index_documents(store: ChunkStore, models: Sequence[ChunkCaches], items: Ite
 
     This thread starts batches, see `start_batch`; the store's threads wait for each chunk cache and write it, and what
     fails there is raised here. Two batches are under way at a time, and the chunk caches that `ChunkStore.write_async`
-    takes: memory for those is what indexing needs.
+    takes: memory for those is what indexing needs. A window's last caches are written while the next one's first are
+    computed.
     """
     tell = progress or (lambda kind, n: None)
     started, documents, encoded, found, tokens, size = time.perf_counter(), 0, 0, 0, 0, 0
     ids: list[str] = []
     replaced: set[str] = set()
-    for passages, count in _windows(items, models[0], chunk_tokens, overlap):
-        documents += count
-        ids += [p.id for p in passages]
-        store.add_passages(passages)
-        wanted, made = sum(len({caches.encoded(p).ids for p in passages}) for caches in models), 0
-        writes: deque[Future[bool]] = deque()
-        for caches, passage, kv in itertools.chain.from_iterable(ahead(_started(models, passages))):
-            writes.append(caches.write(passage, "shared", kv))
-            while writes and writes[0].done():
-                writes.popleft().result()
+
+    def publish(window: _Window) -> None:
+        for write in window.writes:
+            write.result()
+        names = {p.document for p in window.passages} - replaced if replace else set()
+        store.publish(window.passages, replace=names)
+        replaced.update(names)
+        tell("documents", window.documents)
+
+    written: _Window | None = None
+    windows = (_Window(*each) for each in _windows(items, models[0], chunk_tokens, overlap))
+    for window, batch in ahead(_started(store, models, windows)):
+        if written is not window:
+            if written is not None:
+                publish(written)
+            written = window
+            documents += window.documents
+            ids += [p.id for p in window.passages]
+            found += sum(len({caches.encoded(p).ids for p in window.passages}) for caches in models)
+        for caches, passage, kv in batch:
+            window.writes.append(caches.write(passage, "shared", kv))
+            while window.writes and window.writes[0].done():
+                window.writes.popleft().result()
             length = len(caches.encoded(passage).ids)
             nbytes = length * caches.model.config.kv_values_per_token * caches.dtype.itemsize
-            made, tokens, size = made + 1, tokens + length, size + nbytes
+            encoded, found, tokens, size = encoded + 1, found - 1, tokens + length, size + nbytes
             tell("tokens", length)
             tell("bytes", nbytes)
-        for write in writes:
-            write.result()
-        encoded, found = encoded + made, found + wanted - made
-        names = {p.document for p in passages} - replaced if replace else set()
-        store.publish(passages, replace=names)
-        replaced |= names
-        tell("documents", count)
+    if written is not None:
+        publish(written)
     if not ids:
         raise BadInput("there is nothing to index: every document is empty")
     return IndexReport(documents, tuple(ids), encoded, found, tokens, size, time.perf_counter() - started)
 
 
-def _started(models: Sequence[ChunkCaches], passages: Sequence[Passage]
-             ) -> Iterator[list[tuple[ChunkCaches, Passage, Fetch]]]:
-    """Batches of what is missing, each started when it is asked for."""
-    for caches in models:
-        missing = caches.batches(caches.missing(passages))
-        random.shuffle(missing)  # who indexes the same documents beside us is elsewhere, and we find their work
-        for number, batch in enumerate(missing):
-            for part in caches.batches(caches.missing(batch) if number else batch):
-                yield [(caches, passage, kv) for passage, kv in caches.start(part, "shared")]
+@dataclass
+class _Window:
+    """Passages of so many documents, and those of their caches that are being written."""
+
+    passages: list[Passage]
+    documents: int
+    writes: deque[Future[bool]] = field(default_factory=deque)
+
+
+def _started(store: ChunkStore, models: Sequence[ChunkCaches], windows: Iterable[_Window]
+             ) -> Iterator[tuple[_Window, list[tuple[ChunkCaches, Passage, Fetch]]]]:
+    """Batches of what is missing, each started when it is asked for, in the order of the windows; an empty one first
+    for each window."""
+    begun: dict[ChunkCaches, set[tuple[int, ...]]] = {caches: set() for caches in models}
+    for window in windows:
+        store.add_passages(window.passages)
+        yield window, []
+        for caches in models:
+            before, begun[caches] = begun[caches], set()  # the window before this one's may not be written yet
+            wanted = [p for p in caches.missing(window.passages) if caches.encoded(p).ids not in before]
+            missing = caches.batches(wanted)
+            random.shuffle(missing)  # who indexes the same documents beside us is elsewhere, and we find their work
+            for number, batch in enumerate(missing):
+                for part in caches.batches(caches.missing(batch) if number else batch):
+                    begun[caches] |= {caches.encoded(p).ids for p in part}
+                    yield window, [(caches, passage, kv) for passage, kv in caches.start(part, "shared")]
 
 
 def _windows(items: Iterable[str | Document | Passage], primary: ChunkCaches, chunk_tokens: int, overlap: int
@@ -93,7 +120,7 @@ def _windows(items: Iterable[str | Document | Passage], primary: ChunkCaches, ch
             document = Document(item) if isinstance(item, str) else item
             passages += split(document, primary.model.tokenizer, chunk_tokens, overlap)
         count += 1
-        if len(passages) >= 128:
+        if len(passages) >= WINDOW:
             yield passages, count
             passages, count = [], 0
     if count:

@@ -8,6 +8,8 @@ import os
 import numpy as np
 import pytest
 
+from cacheclip_jax import index
+from cacheclip_jax.caches import ChunkCaches
 from cacheclip_jax.documents import Document
 from cacheclip_jax.encode import ahead
 from cacheclip_jax.errors import StoreError
@@ -68,6 +70,30 @@ def test_an_interrupted_index_leaves_whole_chunk_caches_and_resumes(fresh, model
     report = again.index(PASSAGES)
     assert (report.encoded, report.found) == (2 * len(PASSAGES) - nth, nth)
     assert not again.store.verify()
+
+
+def test_a_window_begins_before_the_last_one_is_published_and_what_both_have_is_encoded_once(fresh, monkeypatch):
+    monkeypatch.setattr(index, "WINDOW", 8)
+    begun, published, start, publish = [], [], ChunkCaches.start, fresh.store.publish
+
+    def starts(caches, passages, behind):
+        begun.extend(p.id for p in passages)
+        return start(caches, passages, behind)
+
+    def publishes(passages, replace):
+        published.append((tuple(p.id for p in passages), set(begun)))
+        for caches in (fresh.primary, fresh.aux):
+            assert all(fresh.store.has(caches.space("shared"), caches.encoded(p).ids) for p in passages)
+        publish(passages, replace=replace)
+
+    monkeypatch.setattr(ChunkCaches, "start", starts)
+    monkeypatch.setattr(fresh.store, "publish", publishes)
+    report = fresh.index([*PASSAGES[:16], *PASSAGES[8:24], *PASSAGES[:3]])
+    assert (report.encoded, report.found) == (2 * 24, 2 * 11)
+    ids = [p.id for p in (*PASSAGES[:16], *PASSAGES[8:24], *PASSAGES[:3])]
+    windows = [tuple(ids[i : i + 8]) for i in range(0, len(ids), 8)]
+    assert [passages for passages, _ in published] == windows and report.passages == tuple(ids)
+    assert set(windows[0]) < published[0][1] <= {*windows[0], *windows[1]}
 
 
 def test_the_next_batch_is_started_before_the_last_is_handed_out():
