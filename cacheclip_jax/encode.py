@@ -38,7 +38,11 @@ def encode(params: Params, cfg: ModelConfig, ids: Int[Any, "B C"], prefix: Float
     x, out = embed_rows(params.outer, ids.reshape(-1)), []
     for start in range(0, cfg.num_layers, SPAN):
         span = slice(start, start + SPAN)
-        x, kv = encode_span(x, params.layers[span], cfg, prefix[span], len(ids), how)
+        given = (x, params.layers[span], cfg, prefix[span], len(ids), how)
+        if span.stop < cfg.num_layers:
+            x, kv = encode_span(*given)
+        else:
+            kv = encode_last_span(*given)
         out.append(kv)
     return out
 
@@ -47,6 +51,18 @@ def encode(params: Params, cfg: ModelConfig, ids: Int[Any, "B C"], prefix: Float
 def encode_span(x: Float[Array, "BC D"], layers: tuple[Layer, ...], cfg: ModelConfig, prefix: Float[Array, "l 2 K P H"],
                 B: int, how: str) -> tuple[Float[Array, "BC D"], Float[Array, "B l 2 K C H"]]:
     """The part of `encode` that a span of layers does, for the rows of B chunks one after another."""
+    return _encoded(x, layers, cfg, prefix, B, how)
+
+
+@partial(jax.jit, static_argnames=("cfg", "B", "how"))
+def encode_last_span(x: Float[Array, "BC D"], layers: tuple[Layer, ...], cfg: ModelConfig,
+                     prefix: Float[Array, "l 2 K P H"], B: int, how: str) -> Float[Array, "B l 2 K C H"]:
+    """`encode_span` for the model's last layers. Nothing reads the rows behind them, so the compiler leaves out all of
+    the last layer that comes after its keys and values."""
+    return _encoded(x, layers, cfg, prefix, B, how)[1]
+
+
+def _encoded(x, layers, cfg, prefix, B, how):
     start, C = prefix.shape[3], x.shape[0] // B
     positions, out = start + jnp.arange(C), []
 

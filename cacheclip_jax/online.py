@@ -31,7 +31,9 @@ from cacheclip_jax.recompute import (
     choose_rows,
     embed_rows,
     fresh_span,
+    last_fresh_span,
     last_logits,
+    last_reuse_span,
     narrow_layer,
     reuse_span,
 )
@@ -85,17 +87,22 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
         done = [(jnp.copy(k), jnp.copy(v)) for k, v in early]  # a decoded cache is given away, the request's isn't
         x, kv = narrow_layer(everything, model.params.layers[len(done)], cfg, theirs, slots, side.slots, how)
         done.append(kv)
+        if len(done) == cfg.num_layers:
+            logits = last_logits(model.params.outer, cfg, x, last)
     for number, block in enumerate(feed.blocks):
         rows = feed.take(number)
         first = max(len(done) - block.start, 0)
         if first < len(block):
-            x, layers = reuse_span(x, model.params.layers[block.start + first : block.stop], cfg, slots, rows,
-                                   feed.where, how, first, at, tail.context, plan.discount)
+            span = (x, model.params.layers[block.start + first : block.stop], cfg, slots, rows, feed.where, how, first,
+                    at, tail.context, plan.discount)
+            if block.stop < cfg.num_layers:
+                x, layers = reuse_span(*span)
+            else:
+                logits, layers = last_reuse_span(model.params.outer, last, *span)
             done += layers
         if number < len(feed.blocks) - 1:
             feed.computed(done[-1][0])
     side.watch("load", rows)
-    logits = last_logits(model.params.outer, cfg, x, last)
     feed.computed(logits)
     if plan.discount is not None:
         tail = Tail(end, end, bias_of(plan.discount, slots, side.slots))
@@ -104,16 +111,12 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
 
 def _prefill_kept(side: Side, plan: Plan) -> Repaired:
     """Prefill prefix, kept tokens and question, each at its position in the whole prompt, with nothing between them."""
-    prompt, model, cfg = side.prompt, side.model, side.model.config
+    prompt = side.prompt
     x, positions, last = _chosen(side, plan, len(prompt.prefix) + len(prompt.question), with_prefix=True)
     side.watch("select", positions, "score")
-    slots, done = jnp.where(positions < 0, -1, jnp.arange(len(positions))), []
-    for start in range(0, cfg.num_layers, SPAN):
-        x, layers = fresh_span(x, model.params.layers[start : start + SPAN], cfg, slots, side.slots,
-                               model.attention.name, positions)
-        done += layers
-    return Repaired(last_logits(model.params.outer, cfg, x, last), KVCache(*zip(*done, strict=True)),
-                    Tail(last + 1, np.int32(len(prompt.ids))))
+    slots = jnp.where(positions < 0, -1, jnp.arange(len(positions)))
+    logits, cache = _prefilled(side.model, x, last, slots, side.slots, positions)
+    return Repaired(logits, cache, Tail(last + 1, np.int32(len(prompt.ids))))
 
 
 def _chosen(side: Side, plan: Plan, besides: int, with_prefix: bool = False) -> tuple[Rows, jax.Array, jax.Array]:
@@ -148,22 +151,46 @@ def prefill(side: Side, tokens: int | None = None, spare: int = 0) -> tuple[jax.
 def full_prefill(model: Model, ids: np.ndarray, slots: int, rows: int | None = None) -> tuple[jax.Array, KVCache]:
     """Full prefill of a model: the last token's logits, and the cache. `rows`: with padding; the bucket by default."""
     rows = bucketed(len(ids), "prefill") if rows is None else rows
-    x, _, done = first_layers(model, ids, model.config.num_layers, slots, rows)
-    return last_logits(model.params.outer, model.config, x, np.int32(len(ids) - 1)), KVCache(*zip(*done, strict=True))
+    x, positions = _embedded(model, ids, rows)
+    return _prefilled(model, x, np.int32(len(ids) - 1), positions, slots)
+
+
+def _prefilled(model: Model, x: Rows, last: Any, slots: jax.Array, size: int, at: jax.Array | None = None
+               ) -> tuple[jax.Array, KVCache]:
+    """Rows alone through all layers, into a cache of `size` slots: logits of the one with index `last`, and the cache.
+    `at` has their positions where these aren't their slots."""
+    params, cfg = model.params, model.config
+    depth = (cfg.num_layers - 1) // SPAN * SPAN
+    x, done = _through(model, x, depth, slots, size, at)
+    logits, layers = last_fresh_span(params.outer, last, x, params.layers[depth:], cfg, slots, size,
+                                     model.attention.name, at)
+    return logits, KVCache(*zip(*done, *layers, strict=True))
 
 
 def first_layers(model: Model, ids: np.ndarray, depth: int, slots: int, rows: int
                  ) -> tuple[Rows, jax.Array, list[LayerCache]]:
     """The first `depth` layers of a full prefill in `rows` rows, padding included: the rows after them, their positions
     (padding: -1), and the layers' caches."""
-    cfg = model.config
-    padded_ids, positions = jax.device_put(padded(ids, np.arange(len(ids)), rows), model.params.final_norm.sharding)
-    x, done = embed_rows(model.params.outer, padded_ids), []
-    for start in range(0, depth, SPAN):
-        x, layers = fresh_span(x, model.params.layers[start : min(start + SPAN, depth)], cfg, positions, slots,
-                               model.attention.name, None)
-        done += layers
+    x, positions = _embedded(model, ids, rows)
+    x, done = _through(model, x, depth, positions, slots)
     return x, positions, done
+
+
+def _embedded(model: Model, ids: np.ndarray, rows: int) -> tuple[Rows, jax.Array]:
+    """A prompt from its beginning as `rows` rows, and their positions (padding: -1)."""
+    ids, positions = jax.device_put(padded(ids, np.arange(len(ids)), rows), model.params.final_norm.sharding)
+    return embed_rows(model.params.outer, ids), positions
+
+
+def _through(model: Model, x: Rows, depth: int, slots: jax.Array, size: int, at: jax.Array | None = None
+             ) -> tuple[Rows, list[LayerCache]]:
+    """Rows alone through the first `depth` layers, see `fresh_span`."""
+    done: list[LayerCache] = []
+    for start in range(0, depth, SPAN):
+        x, layers = fresh_span(x, model.params.layers[start : min(start + SPAN, depth)], model.config, slots, size,
+                               model.attention.name, at)
+        done += layers
+    return x, done
 
 
 class Asked(NamedTuple):

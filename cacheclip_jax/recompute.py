@@ -61,13 +61,35 @@ def reuse_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, slots: Int[
     """A span of layers over chunk caches just loaded, from the block's layer `first` on: place them with the rows' K
     and V over stale ones, attend, finish. Slots are positions, unless `at` has those of all slots; the rows'
     attention to a `context` is reshaped, with a `discount` stale slots count less."""
+    return _reuse(x, layers, cfg, slots, rows, where, how, first, at, context, discount)
+
+
+@partial(jax.jit, static_argnames=("cfg", "how", "first"))
+def last_reuse_span(outer: Params, last: Int[Array, ""], x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig,
+                    slots: Int[Array, "T"], rows: Float[Array, "B R H"], where: Placement, how: str = "blocked",
+                    first: int = 0, at: Int[Array, "S"] | None = None, context: Context | None = None,
+                    discount: Discount | None = None) -> tuple[Float[Array, "V"], tuple[LayerCache, ...]]:
+    """`reuse_span` for the model's last layers, and the logits of the row with index `last`. All rows need K and V in
+    the last layer; what comes after them there is computed for that one row."""
+    x, caches = _reuse(x, layers, cfg, slots, rows, where, how, first, at, context, discount, last)
+    return decoder.logits(outer, cfg, x)[0], caches
+
+
+def _reuse(x, layers, cfg, slots, rows, where, how, first, at, context, discount, last=None):
     own, out = row_of_slot(slots, where.first.shape[0]), []
     bias = None if discount is None else discount.bias(own)
-    for nth, layer in enumerate(layers, first):
-        q, kv = rows_over_loaded(x, layer, cfg, slots, rows[nth], where, own, at)
-        x = decoder.finish(x, _attention(q, kv, slots, how, bias, context), layer, cfg)
+    for nth, layer in enumerate(layers):
+        q, kv = rows_over_loaded(x, layer, cfg, slots, rows[first + nth], where, own, at)
+        x = _finish(x, layer, cfg, q, kv, slots, how, bias, context, last if nth == len(layers) - 1 else None)
         out.append(kv)
     return x, tuple(out)
+
+
+def _finish(x, layer, cfg, q, kv, slots, how, bias=None, context=None, only=None):
+    """Attention and the rest of a layer, for all rows or the one with index `only`."""
+    if only is not None:
+        x, q, slots = (jax.lax.dynamic_slice_in_dim(rows, only, 1) for rows in (x, q, slots))
+    return decoder.finish(x, _attention(q, kv, slots, how, bias, context), layer, cfg)
 
 
 def _attention(q: Float[Array, "T N H"], kv: LayerCache, slots: Int[Array, "T"], how: str,
@@ -114,7 +136,7 @@ def attend_and_finish(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array,
     if tail is not None:
         at, bias, context = tail.positions(slots), tail.bias, tail.context
     q, kv = rows_over_cached(x, layer, cfg, slots, cache, at)
-    return decoder.finish(x, _attention(q, kv, slots, how, bias, context), layer, cfg), kv
+    return _finish(x, layer, cfg, q, kv, slots, how, bias, context), kv
 
 
 def rows_over_cached(x: Rows, layer: Layer, cfg: ModelConfig, slots: Int[Array, "T"], cache: LayerCache,
@@ -140,17 +162,30 @@ def fresh_span(x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig, slots: Int[
 
     Causal attention among the rows is then row attention; on a GPU the library's kernel computes it.
     """
-    zeros = jnp.zeros((cfg.num_kv_heads, size, cfg.head_dim), x.dtype)
+    return _fresh(x, layers, cfg, slots, size, how, at)
+
+
+@partial(jax.jit, static_argnames=("cfg", "size", "how"))
+def last_fresh_span(outer: Params, last: Int[Array, ""], x: Rows, layers: tuple[Layer, ...], cfg: ModelConfig,
+                    slots: Int[Array, "T"], size: int, how: str = "blocked", at: Int[Array, "T"] | None = None
+                    ) -> tuple[Float[Array, "V"], tuple[LayerCache, ...]]:
+    """`fresh_span` for the model's last layers, and the logits of the row with index `last`; see `last_reuse_span`."""
+    x, caches = _fresh(x, layers, cfg, slots, size, how, at, last)
+    return decoder.logits(outer, cfg, x)[0], caches
+
+
+def _fresh(x, layers, cfg, slots, size, how, at, last=None):
     out = []
-    for layer in layers:
-        if how not in ("cudnn", "mosaic_gpu"):
-            x, kv = attend_and_finish(x, layer, cfg, slots, (zeros, zeros), how, at)
-        else:
-            q, k, v = _rotated(x, layer, cfg, slots if at is None else at)
+    for nth, layer in enumerate(layers):
+        q, k, v = _rotated(x, layer, cfg, slots if at is None else at)
+        kv = _in_slots(k, v, slots, size)
+        only = last if nth == len(layers) - 1 else None
+        if only is None and how in ("cudnn", "mosaic_gpu"):
             with jax.named_scope("attention"):
                 attended = causal_attention(q[None], k[None], v[None], how)[0]
             x = decoder.finish(x, attended, layer, cfg)
-            kv = _in_slots(k, v, slots, size)
+        else:
+            x = _finish(x, layer, cfg, q, kv, slots, how, only=only)
         out.append(kv)
     return x, tuple(out)
 

@@ -208,9 +208,11 @@ def measure(bench: Bench, clip: CacheClip, cell: Cell, rate: float) -> dict[str,
     if method.caches is not None:
         context = r.prefix_tokens + np.flatnonzero(r.selection.recompute)
         positions = np.concatenate([context, np.arange(prompt - r.question_tokens, prompt)])
-    matrices = cfg.num_params - cfg.vocab_size * cfg.d_model * (1 if cfg.tied else 2)
-    attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * float((positions + 1).sum())
-    flops = 2 * matrices * len(positions) + attention
+    # The last layer: K and V of every row, the rest for one.
+    matrices = (cfg.num_params - cfg.vocab_size * cfg.d_model * (1 if cfg.tied else 2)) / cfg.num_layers
+    last = 2 * cfg.num_kv_heads * cfg.head_dim * cfg.d_model
+    attention = 4 * cfg.num_heads * cfg.head_dim * float((positions + 1).sum())
+    flops = (cfg.num_layers - 1) * (2 * matrices * len(positions) + attention) + 2 * last * len(positions)
     ttft = [r.times.ttft for r in results]
     median = statistics.median(ttft)
     stages = {s: 1e3 * statistics.median(getattr(r.times, s) for r in results) for s in STAGES}

@@ -12,7 +12,7 @@ from cacheclip_jax.assemble import KVCache, empty
 from cacheclip_jax.attention import choose, for_rows, row_attention
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.model.params import init
-from cacheclip_jax.recompute import embed_rows, fresh_span, last_logits, recompute
+from cacheclip_jax.recompute import embed_rows, last_fresh_span, recompute
 from tests.conftest import TINY, assembled, max_diff, random_prompt
 from tests.test_attention import REFERENCE, inputs
 
@@ -28,8 +28,9 @@ def model(request):
 
 def full(params, cfg, ids, how, slots=1024):
     positions = np.arange(len(ids), dtype=np.int32)
-    x, layers = fresh_span(embed_rows(params, ids), params.layers, cfg, positions, slots, how)
-    return np.asarray(last_logits(params, cfg, x, np.int32(len(ids) - 1))), KVCache(*zip(*layers, strict=True))
+    x, last = embed_rows(params, ids), np.int32(len(ids) - 1)
+    logits, layers = last_fresh_span(params, last, x, params.layers, cfg, positions, slots, how)
+    return np.asarray(logits), KVCache(*zip(*layers, strict=True))
 
 
 def rows(params, cfg, ids, positions, cache, how):
