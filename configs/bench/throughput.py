@@ -15,7 +15,7 @@ def get_config(primary: str = "qwen2.5-7b") -> ml_collections.ConfigDict:
         "measured": ("index", "decode"),
         "dtype": "bfloat16",
         "chunk_tokens": 512,
-        "index_tokens": 32768,
+        "index_tokens": 98304,
         "context": 8192,
         "new_tokens": 128,
         "bandwidth": 2.5e12,  # bytes per second of the decode floor; 0 takes a copy's, measured in the run
