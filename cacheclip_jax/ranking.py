@@ -55,14 +55,7 @@ class Ranking:
             raise BadInput(f"lexical={self.lexical} is out of range: it must be 0 (none) or more, and finite")
 
 
-@struct.dataclass
-class Words:
-    """What `repeated` compares: the context's ids, their padding anything, and the question's, padded with -1; and what
-    a token that repeats it is worth, as a share of all scores."""
-
-    context: Int[Any, "C"]
-    question: Int[Any, "Q"]
-    weight: Float[Any, ""]
+Said = tuple[Int[Any, "C"], Int[Any, "Q"]]  # ids of context and question, as `repeated` takes them
 
 
 @struct.dataclass
@@ -70,63 +63,75 @@ class Ranks:
     """What a ranking needs beside scores, for a context's tokens and their padding; made on the host, by little more
     than copying, since a request waits for it.
 
-    `chunk` is each token's, below `chunks`, and -1 for padding. The others are None where the ranking has no such step:
-    tokens to `keep`, the `power` of a chunk's total, the `words` of context and question. `smooth` is 1 for none.
+    `ends` has where each chunk ends, and the context's end as often as it takes. The others are None where the ranking
+    has no such step: tokens to `keep`, the `power` of a chunk's total, and what a token is `worth` that says again
+    what the question says, as a share of all scores. `asked` is the question's length, padding included. `smooth` is 1
+    for none.
     """
 
-    chunk: Int[Any, "C"]
+    ends: Int[Any, "N"]
     keep: Bool[Any, "C"] | None
     power: Float[Any, ""] | None
-    words: Words | None
-    chunks: int = struct.field(pytree_node=False)
+    worth: Float[Any, ""] | None
+    asked: int = struct.field(pytree_node=False)
     smooth: int = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, chunks: Sequence[Encoded], ranking: Ranking, question: Sequence[int]) -> Ranks | None:
-        """For the chunks' tokens, chunks one after another, and the ids of the question's; None for no ranking."""
+    def of(cls, chunks: Sequence[Encoded], ranking: Ranking, question_tokens: int) -> Ranks | None:
+        """For the chunks' tokens, chunks one after another, and a question of so many; None for no ranking."""
         if ranking == Ranking():
             return None
         lengths = [len(c.ids) for c in chunks]
-        total, slots = sum(lengths), bucket(sum(lengths))
-        keep = power = words = None
-        chunk = np.full(slots, -1, np.int32)
-        chunk[:total] = np.repeat(np.arange(len(lengths)), lengths)
+        total, keep, power, worth, asked = sum(lengths), None, None, None, 0
+        ends = np.full(bucket(len(chunks), 16), total, np.int32)
+        np.cumsum(lengths, out=ends[: len(chunks)])
         if ranking.skip_first or ranking.skip_formatting:
-            keep = np.zeros(slots, bool)
+            keep = np.zeros(bucket(total), bool)
             keep[:total] = np.concatenate([np.arange(n) >= ranking.skip_first for n in lengths])
             if ranking.skip_formatting:
                 keep[:total] &= ~np.concatenate([c.formatting for c in chunks])
         if ranking.chunk_power:
             power = np.float32(ranking.chunk_power)
         if ranking.lexical:
-            room = bucket(len(question), 32 if len(question) <= BLOCK else BLOCK)
-            words = Words(np.zeros(slots, np.int32), np.full(room, -1, np.int32), np.float32(ranking.lexical))
-            np.concatenate([c.array for c in chunks], out=words.context[:total])
-            words.question[: len(question)] = question
-        return cls(chunk, keep, power, words, bucket(len(chunks), 16), ranking.smooth)
+            worth = np.float32(ranking.lexical)
+            asked = bucket(question_tokens, 32 if question_tokens <= BLOCK else BLOCK)
+        return cls(ends, keep, power, worth, asked, ranking.smooth)
+
+    def said(self, ids: Int[Array, "S"], bounds: Int[Array, "3"], size: int) -> Said:
+        """The ids of a context of `size` tokens with its padding, and the question's, out of a prompt's; see
+        `Prompt.in_slots`."""
+        prefix, question, end = bounds
+        at = question + jnp.arange(self.asked)
+        return ids[prefix + jnp.arange(size)], jnp.where(at < end, ids[at], -1)
 
 
 def rank(scores: np.ndarray | jax.Array, chunks: Sequence[Encoded], ranking: Ranking,
          question: Sequence[int]) -> np.ndarray | jax.Array:
     """Scores of the chunks' tokens, chunks one after another, as `ranking` says; on device, followed by zeros to
     their bucket. `question` has its token ids. Doesn't wait for the scores."""
-    ranks = Ranks.of(chunks, ranking, question)
-    return scores if ranks is None else rank_tokens(pad_to_bucket(scores, sum(len(c.ids) for c in chunks)), ranks)
+    ranks = Ranks.of(chunks, ranking, len(question))
+    if ranks is None:
+        return scores
+    padded = pad_to_bucket(scores, sum(len(c.ids) for c in chunks))
+    context, asked = np.zeros(len(padded), np.int32), np.full(ranks.asked, -1, np.int32)
+    if ranks.worth is not None:
+        context[: ranks.ends[-1]] = np.concatenate([c.array for c in chunks])
+        asked[: len(question)] = question
+    return rank_tokens(padded, ranks, (context, asked))
 
 
 @jax.jit
-def rank_tokens(scores: Float[Array, "C"], ranks: Ranks | None) -> Float[Array, "C"]:
-    """The scores as `ranks` says, themselves where it says nothing."""
-    if ranks is None:
-        return scores
-    scores = jnp.where((ranks.chunk >= 0) & (True if ranks.keep is None else ranks.keep), scores, 0)
+def rank_tokens(scores: Float[Array, "C"], ranks: Ranks, said: Said) -> Float[Array, "C"]:
+    """The scores as `ranks` says; `said` is read only where what the question says counts."""
+    ends, at = ranks.ends, jnp.arange(len(scores))
+    chunk = jnp.where(at < ends[-1], (at >= ends[:, None]).sum(0), -1)
+    scores = jnp.where((chunk >= 0) & (True if ranks.keep is None else ranks.keep), scores, 0)
     if ranks.power is not None:
-        totals = jnp.where(ranks.chunk == jnp.arange(ranks.chunks)[:, None], scores, 0).sum(1)
-        scores *= jnp.where(totals > 0, totals, 1)[jnp.maximum(ranks.chunk, 0)] ** ranks.power
-    if ranks.words is not None:
-        worth = ranks.words.weight * repeated(ranks.words.context, ranks.chunk, ranks.words.question)
-        scores += worth * scores.sum()
-    return scores if ranks.smooth == 1 else _smoothed(scores, ranks.chunk, ranks.smooth)
+        totals = jnp.where(chunk == jnp.arange(len(ends))[:, None], scores, 0).sum(1)
+        scores *= jnp.where(totals > 0, totals, 1)[jnp.maximum(chunk, 0)] ** ranks.power
+    if ranks.worth is not None:
+        scores += ranks.worth * scores.sum() * repeated(said[0], chunk, said[1])
+    return scores if ranks.smooth == 1 else _smoothed(scores, chunk, ranks.smooth)
 
 
 def repeated(context: Int[Array, "C"], chunk: Int[Array, "C"], question: Int[Array, "Q"]) -> Float[Array, "C"]:
@@ -134,24 +139,30 @@ def repeated(context: Int[Array, "C"], chunk: Int[Array, "C"], question: Int[Arr
     in one chunk and is in the question too, n being how often the context has that run; 0 without one. `chunk` is -1
     for padding of the context's ids, and the question's are padded with -1, to a multiple of BLOCK where they are more.
     """
-    runs, size = _runs(context), min(len(question), BLOCK)
+    runs = _runs(context)
     whole = (chunk >= 0) & (chunk == jnp.roll(chunk, 1 - RUN)) & (jnp.arange(len(chunk)) <= len(chunk) - RUN)
     valid = (question >= 0) & (jnp.roll(question, 1 - RUN) >= 0) & (jnp.arange(len(question)) <= len(question) - RUN)
 
     def compare(worth, asked):
         its_runs, real = asked
-        same = (runs[:, None] == its_runs).all(-1) & whole[:, None] & real
-        times = jnp.maximum(same.sum(0), 1).astype(jnp.float32)
-        return jnp.maximum(worth, jnp.where(same, times**-2, 0).max(1)), None
+        same = whole & real[:, None]
+        for token, its in zip(runs, its_runs, strict=True):
+            same &= token == its[:, None]
+        times = jnp.maximum(same.sum(1), 1).astype(jnp.float32)
+        return jnp.maximum(worth, jnp.where(same, times[:, None] ** -2, 0).max(0)), None
 
-    blocks = _runs(question).reshape(-1, size, RUN), valid.reshape(-1, size)
-    worth, _ = jax.lax.scan(compare, jnp.zeros(len(chunk)), blocks)  # of the run that begins at a token
+    worth = jnp.zeros(len(chunk))  # of the run that begins at a token
+    if len(question) <= BLOCK:  # a loop of one step, too, would be a launch of its own
+        worth, _ = compare(worth, (_runs(question), valid))
+    else:
+        blocks = _runs(question).reshape(RUN, -1, BLOCK).swapaxes(0, 1), valid.reshape(-1, BLOCK)
+        worth, _ = jax.lax.scan(compare, worth, blocks)
     return jnp.stack([jnp.roll(worth, later) for later in range(RUN)]).max(0)  # the last runs are 0: none comes around
 
 
-def _runs(ids: Int[Array, "C"]) -> Int[Array, "C 3"]:
-    """The run that begins at each token; the last ones' go on at the beginning."""
-    return jnp.stack([jnp.roll(ids, -later) for later in range(RUN)], -1)
+def _runs(ids: Int[Array, "C"]) -> Int[Array, "3 C"]:
+    """The run that begins at each token, token by token; the last ones' go on at the beginning."""
+    return jnp.stack([jnp.roll(ids, -later) for later in range(RUN)])
 
 
 def _smoothed(scores: Float[Array, "C"], chunk: Int[Array, "C"], width: int) -> Float[Array, "C"]:

@@ -49,7 +49,9 @@ def best_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], sco
               ) -> tuple[Bool[Array, "C"], tuple[Rows, Int[Array, "T"], Int[Array, ""]]]:
     """`rank_tokens`, `select_groups` and `choose_rows` as one program: between scoring and recompute there is no other.
     """
-    mask = select_groups(rank_tokens(scores, ranks), best)
+    if ranks is not None:
+        scores = rank_tokens(scores, ranks, ranks.said(ids, bounds, len(scores)))
+    mask = select_groups(scores, best)
     return mask, choose_rows(params, ids, bounds, mask, count)
 
 

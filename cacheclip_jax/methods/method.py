@@ -64,7 +64,7 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
                                   grouping, prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
     sent = request.aside(lambda: jax.device_put(
-        (*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, prompt.question),
+        (*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
          Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount), side.sharding))
     scores = signal()
     ids, bounds, ranks, groups, discount = sent()
