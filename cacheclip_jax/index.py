@@ -54,9 +54,17 @@ def index_documents(store: ChunkStore, models: Sequence[ChunkCaches], items: Ite
         replaced.update(names)
         tell("documents", window.documents)
 
+    unread: list[Exception] = []
+
+    def windows() -> Iterator[_Window]:
+        try:
+            for passages, count in _windows(items, models[0], chunk_tokens, overlap):
+                yield _Window(passages, count)
+        except Exception as e:  # a document that can't be read: those before it are published first
+            unread.append(e)
+
     written: _Window | None = None
-    windows = (_Window(*each) for each in _windows(items, models[0], chunk_tokens, overlap))
-    for window, batch in ahead(_started(store, models, windows)):
+    for window, batch in ahead(_started(store, models, windows())):
         if written is not window:
             if written is not None:
                 publish(written)
@@ -75,6 +83,8 @@ def index_documents(store: ChunkStore, models: Sequence[ChunkCaches], items: Ite
             tell("bytes", nbytes)
     if written is not None:
         publish(written)
+    if unread:
+        raise unread[0]
     if not ids:
         raise BadInput("there is nothing to index: every document is empty")
     return IndexReport(documents, tuple(ids), encoded, found, tokens, size, time.perf_counter() - started)

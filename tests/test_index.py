@@ -12,7 +12,7 @@ from cacheclip_jax import index
 from cacheclip_jax.caches import ChunkCaches
 from cacheclip_jax.documents import Document
 from cacheclip_jax.encode import ahead
-from cacheclip_jax.errors import StoreError
+from cacheclip_jax.errors import BadInput, StoreError
 from cacheclip_jax.store import ChunkStore, Passage, files
 from tests.conftest import max_diff
 from tests.engine import TEXTS, engine, fresh, models
@@ -94,6 +94,19 @@ def test_a_window_begins_before_the_last_one_is_published_and_what_both_have_is_
     windows = [tuple(ids[i : i + 8]) for i in range(0, len(ids), 8)]
     assert [passages for passages, _ in published] == windows and report.passages == tuple(ids)
     assert set(windows[0]) < published[0][1] <= {*windows[0], *windows[1]}
+
+
+def test_what_comes_before_a_document_that_cannot_be_read_is_published(fresh, monkeypatch):
+    monkeypatch.setattr(index, "WINDOW", 8)
+
+    def documents():
+        yield from (Document(p.text, f"{n}.txt") for n, p in enumerate(PASSAGES[:20]))
+        raise BadInput("20.txt isn't text")
+
+    with pytest.raises(BadInput, match="20.txt"):
+        fresh.index(documents(), replace=True)
+    assert len(fresh.store.versions()) == 16
+    assert fresh.index(PASSAGES[:16]).encoded == 0
 
 
 def test_the_next_batch_is_started_before_the_last_is_handed_out():
