@@ -42,7 +42,7 @@ def encode(params: Params, cfg: ModelConfig, ids: Int[Any, "B C"], prefix: Float
         if span.stop < cfg.num_layers:
             x, kv = encode_span(*given)
         else:
-            kv = encode_last_span(*given)
+            kv = last_encode_span(*given)
         out.append(kv)
     return out
 
@@ -55,7 +55,7 @@ def encode_span(x: Float[Array, "BC D"], layers: tuple[Layer, ...], cfg: ModelCo
 
 
 @partial(jax.jit, static_argnames=("cfg", "B", "how"))
-def encode_last_span(x: Float[Array, "BC D"], layers: tuple[Layer, ...], cfg: ModelConfig,
+def last_encode_span(x: Float[Array, "BC D"], layers: tuple[Layer, ...], cfg: ModelConfig,
                      prefix: Float[Array, "l 2 K P H"], B: int, how: str) -> Float[Array, "B l 2 K C H"]:
     """`encode_span` for the model's last layers. Nothing reads the rows behind them, so the compiler leaves out all of
     the last layer that comes after its keys and values."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cacheclip_jax.caches import ChunkCaches
 from cacheclip_jax.documents import Document, split
@@ -46,14 +48,6 @@ def index_documents(store: ChunkStore, models: Sequence[ChunkCaches], items: Ite
     ids: list[str] = []
     replaced: set[str] = set()
 
-    def publish(window: _Window) -> None:
-        for write in window.writes:
-            write.result()
-        names = {p.document for p in window.passages} - replaced if replace else set()
-        store.publish(window.passages, replace=names)
-        replaced.update(names)
-        tell("documents", window.documents)
-
     unread: list[Exception] = []
 
     def windows() -> Iterator[_Window]:
@@ -63,26 +57,27 @@ def index_documents(store: ChunkStore, models: Sequence[ChunkCaches], items: Ite
         except Exception as e:  # a document that can't be read: those before it are published first
             unread.append(e)
 
-    written: _Window | None = None
-    for window, batch in ahead(_started(store, models, windows())):
-        if written is not window:
-            if written is not None:
-                publish(written)
-            written = window
-            documents += window.documents
-            ids += [p.id for p in window.passages]
-            found += sum(len({caches.encoded(p).ids for p in window.passages}) for caches in models)
-        for caches, passage, kv in batch:
-            window.writes.append(caches.write(passage, "shared", kv))
-            while window.writes and window.writes[0].done():
-                window.writes.popleft().result()
+    for window, batches in itertools.groupby(ahead(_started(store, models, windows())), operator.itemgetter(0)):
+        writes: deque[Future[bool]] = deque()
+        made = 0
+        for caches, passage, kv in itertools.chain.from_iterable(batch for _, batch in batches):
+            writes.append(caches.write(passage, "shared", kv))
+            while writes and writes[0].done():
+                writes.popleft().result()
             length = len(caches.encoded(passage).ids)
             nbytes = length * caches.model.config.kv_values_per_token * caches.dtype.itemsize
-            encoded, found, tokens, size = encoded + 1, found - 1, tokens + length, size + nbytes
+            made, tokens, size = made + 1, tokens + length, size + nbytes
             tell("tokens", length)
             tell("bytes", nbytes)
-    if written is not None:
-        publish(written)
+        for write in writes:
+            write.result()
+        wanted = sum(len({caches.encoded(p).ids for p in window.passages}) for caches in models)
+        documents, encoded, found = documents + window.documents, encoded + made, found + wanted - made
+        ids += [p.id for p in window.passages]
+        names = {p.document for p in window.passages} - replaced if replace else set()
+        store.publish(window.passages, replace=names)
+        replaced |= names
+        tell("documents", window.documents)
     if unread:
         raise unread[0]
     if not ids:
@@ -90,13 +85,12 @@ def index_documents(store: ChunkStore, models: Sequence[ChunkCaches], items: Ite
     return IndexReport(documents, tuple(ids), encoded, found, tokens, size, time.perf_counter() - started)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Window:
-    """Passages of so many documents, and those of their caches that are being written."""
+    """Passages of so many documents."""
 
     passages: list[Passage]
     documents: int
-    writes: deque[Future[bool]] = field(default_factory=deque)
 
 
 def _started(store: ChunkStore, models: Sequence[ChunkCaches], windows: Iterable[_Window]
@@ -120,7 +114,7 @@ def _started(store: ChunkStore, models: Sequence[ChunkCaches], windows: Iterable
 
 def _windows(items: Iterable[str | Document | Passage], primary: ChunkCaches, chunk_tokens: int, overlap: int
              ) -> Iterator[tuple[list[Passage], int]]:
-    """Passages of a few documents at a time: bounds memory, and each window is committed before the next."""
+    """Passages of a few documents at a time: bounds memory, and each window is published before the next."""
     passages: list[Passage] = []
     count = 0
     for item in items:
