@@ -140,6 +140,20 @@ def test_a_place_that_is_no_store_is_refused_with_the_way_out(tmp_path):
             ChunkStore.open(url)
 
 
+def test_two_processes_may_create_a_store_at_the_same_time(tmp_path, monkeypatch):
+    read, others = Blobs.read, []
+
+    def read_first(blobs, key):
+        found = read(blobs, key)
+        if not others:  # between this process' look for the marker and what it does without one
+            others.append(None)
+            others.append(put(ChunkStore.open(tmp_path), 0)[0])
+        return found
+
+    monkeypatch.setattr(Blobs, "read", read_first)
+    assert ChunkStore.open(tmp_path).passages() == others[1:]
+
+
 def test_a_creation_that_was_interrupted_can_be_done_again(tmp_path):
     (tmp_path / "cacheclip.json.__lock").write_bytes(b"{")
     assert ChunkStore.open(tmp_path).passages() == []

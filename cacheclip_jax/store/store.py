@@ -98,10 +98,16 @@ class ChunkStore:
             blobs = TieredBlobs(blobs, Blobs.open(local), local_bytes)  # type: ignore[arg-type]
         if blobs.directory and blobs.directory.exists() and not blobs.directory.is_dir():
             raise StoreError(f"{blobs.url} is a file: a chunk store is a directory, so name another --store.")
-        if (marker := blobs.read(layout.MARKER)) is None:
-            if not create:
-                raise StoreError(f"There is no chunk store at {blobs.url}: `cacheclip index` makes one.")
-            _check_empty(blobs)
+        marker = blobs.read(layout.MARKER)
+        if marker is None and not create:
+            raise StoreError(f"There is no chunk store at {blobs.url}: `cacheclip index` makes one.")
+        # Where there is something, another process may have made the store by now: its marker comes before all else.
+        if marker is None and (found := _content(blobs)) and (marker := blobs.read(layout.MARKER)) is None:
+            raise StoreError(
+                f"{blobs.url} holds {found!r} but no {layout.MARKER}, so it is no chunk store: "
+                "name a new or an empty directory as --store."
+            )
+        if marker is None:
             blobs.write(layout.MARKER, _marker())
         elif _layout(blobs, marker) < LAYOUT_VERSION and create:
             with suppress(StoreError):  # a store that can't be written can still be read
@@ -307,17 +313,12 @@ def _layout(blobs: Blobs | TieredBlobs, marker: bytes) -> int:
     return version
 
 
-def _check_empty(blobs: Blobs | TieredBlobs) -> None:
-    """Refuses a directory of something else; a marker whose write was interrupted is our own."""
+def _content(blobs: Blobs | TieredBlobs) -> str | None:
+    """Something that is in a local directory, if anything; a marker whose write was interrupted is our own."""
     if (root := blobs.directory) is None or not root.exists():
-        return
+        return None
     with translated("open", blobs.url):
-        foreign = next((path.name for path in root.iterdir() if layout.MARKER not in path.name), None)
-    if foreign:
-        raise StoreError(
-            f"{blobs.url} holds {foreign!r} but no {layout.MARKER}, so it is no chunk store: "
-            "name a new or an empty directory as --store."
-        )
+        return next((path.name for path in root.iterdir() if layout.MARKER not in path.name), None)
 
 
 def _check_kv(space: Space, ids: Sequence, spans: Sequence, kv: np.ndarray | jax.Array) -> None:
