@@ -33,10 +33,12 @@ class Times:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which context tokens were recomputed (boolean), and the aux scores behind it, where the method has any."""
+    """Which context tokens were recomputed (boolean), the aux scores behind it, where the method has any, and what
+    groups were ranked by: these scores, with the question's own words and whatever else the method's ranking adds."""
 
     recompute: np.ndarray
     scores: np.ndarray | None
+    ranked: np.ndarray | None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The explain page: the context as the models read it, recomputed tokens marked, aux scores as shade."""
+"""The explain page: the context as the models read it, recomputed tokens marked, what they were ranked by as shade."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def explain_page(question: str, result: Result, primary: ChunkCaches) -> str:
         (files("cacheclip_jax") / "templates" / "explain.html").read_text(encoding="utf-8"))
     encoded = [primary.encoded(p) for p in result.passages]
     ends = np.cumsum([len(e.ids) for e in encoded])[:-1]
-    scores = result.selection.scores
-    shades = shade(scores) if scores is not None else np.zeros(result.context_tokens, int)
+    ranked = result.selection.ranked
+    shades = shade(ranked) if ranked is not None else np.zeros(result.context_tokens, int)
     chunks = []
     for passage, tokens, shaded, chosen in zip(result.passages, encoded, np.split(shades, ends),
                                                np.split(result.selection.recompute, ends), strict=True):
         chunks.append({"passage": passage, "tokens": len(tokens.ids), "recomputed": int(chosen.sum()),
                        "runs": runs(primary.format.chunk_text(passage), tokens.spans, shaded, chosen)})
     return template.render(question=question, result=result, chunks=chunks, model=primary.model.name,
-                           scored=scores is not None)
+                           scored=ranked is not None)
 
 
 def write_explain_page(path: Path, question: str, result: Result, primary: ChunkCaches) -> None:

@@ -74,7 +74,8 @@ class Plan:
       discount: they count less.
 
     `rows` are those to recompute and the question's (see `choose_rows`), where the program that selected them made them
-    too. Carrying the plan out uses them up, so it works once.
+    too. Carrying the plan out uses them up, so it works once. `ranked` is what groups were ranked by, where that isn't
+    the scores.
     """
 
     recompute: np.ndarray | jax.Array
@@ -85,6 +86,7 @@ class Plan:
     reshape: Reshape | None = None
     discount: Discount | None = None
     rows: tuple[Float[Array, "T D"], Int[Array, "T"], Int[Array, ""]] | None = None
+    ranked: Scores | None = None
 
     def __post_init__(self) -> None:
         if (self.dense_layers > 0) + self.drop + (self.reshape is not None) + (self.discount is not None) > 1:
@@ -101,9 +103,10 @@ class Plan:
 
     def fetched(self, context_tokens: int) -> Plan:
         """The plan on the host, one entry per context token."""
-        scores = None if self.scores is None else np.asarray(self.scores)[:context_tokens]
-        mask = np.asarray(self.recompute)[:context_tokens]
-        return dataclasses.replace(self, recompute=mask, scores=scores, rows=None)
+        mask, scores, ranked = (None if one is None else np.asarray(one)[:context_tokens]
+                                for one in (self.recompute, self.scores, self.ranked))
+        assert mask is not None
+        return dataclasses.replace(self, recompute=mask, scores=scores, ranked=ranked, rows=None)
 
 
 @struct.dataclass

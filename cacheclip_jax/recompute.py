@@ -46,13 +46,12 @@ def choose_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], r
 @partial(jax.jit, static_argnames="count")
 def best_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], scores: Float[Array, "C"],
               ranks: Ranks | None, best: Best, count: int
-              ) -> tuple[Bool[Array, "C"], tuple[Rows, Int[Array, "T"], Int[Array, ""]]]:
+              ) -> tuple[Bool[Array, "C"], Float[Array, "C"] | None, tuple[Rows, Int[Array, "T"], Int[Array, ""]]]:
     """`rank_tokens`, `select_groups` and `choose_rows` as one program: between scoring and recompute there is no other.
     """
-    if ranks is not None:
-        scores = rank_tokens(scores, ranks, ranks.said(ids, bounds, len(scores)))
-    mask = select_groups(scores, best)
-    return mask, choose_rows(params, ids, bounds, mask, count)
+    ranked = None if ranks is None else rank_tokens(scores, ranks, ranks.said(ids, bounds, len(scores)))
+    mask = select_groups(scores if ranked is None else ranked, best)
+    return mask, ranked, choose_rows(params, ids, bounds, mask, count)
 
 
 @partial(jax.jit, static_argnames=("cfg", "how", "first"), donate_argnames="x")

@@ -12,6 +12,7 @@ from cacheclip_jax import Budget, CacheClip, PromptFormat, Sampling, Scoring
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.methods import AuxGuided, Full, Given, Naive
 from cacheclip_jax.model.load import load_model
+from cacheclip_jax.ranking import Ranking
 from cacheclip_jax.store import ChunkStore, Passage
 from tests.checkpoints import QWEN2, weights, write_directory
 from tests.engine import GROUP, METHODS, OTHER, QUESTION, TEXTS, ask, clip, engine, fresh, greedy, models
@@ -228,6 +229,16 @@ def test_every_scoring_gives_each_context_token_a_score(clip, scoring):
     scores = result.selection.scores
     assert scores is not None and scores.shape == (result.context_tokens,)
     assert np.isfinite(scores).all() and (scores >= 0).all() and scores.std() > 0
+
+
+def test_a_selection_tells_what_its_groups_were_ranked_by(clip):
+    def selected(ranking):
+        return ask(clip, method=AuxGuided(ranking=ranking), max_new_tokens=1).selection
+
+    plain, last = selected(Ranking()), selected(Ranking(skip_first=10_000, smooth=3))
+    np.testing.assert_array_equal(plain.ranked, plain.scores)
+    np.testing.assert_array_equal(last.scores, plain.scores)
+    assert not last.ranked.any()
 
 
 def test_joint_scores_are_the_cached_ones_for_one_chunk_and_not_for_several(clip):

@@ -60,9 +60,9 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     if most is None or isinstance(grouping, Windows):
         discount = jax.device_put(discount, side.sharding)
         scores = signal()
-        chosen = select_on_device(rank(scores, prompt.chunks, ranking, prompt.question), prompt.chunk_lengths, budget,
-                                  grouping, prompt.chunks, heads_of_chunks)
-        return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount)
+        ranked = rank(scores, prompt.chunks, ranking, prompt.question)
+        chosen = select_on_device(ranked, prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
+        return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount, ranked=ranked)
     sent = request.aside(lambda: jax.device_put(
         (*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
          Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount), side.sharding))
@@ -71,6 +71,6 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     padded = pad_to_bucket(scores, prompt.context_tokens)
     if isinstance(padded, np.ndarray) or padded.sharding != side.sharding:
         padded = jax.device_put(padded, side.sharding)
-    mask, rows = best_rows(side.model.params.outer, ids, bounds, padded, ranks, groups,
-                           side.rows(most + len(prompt.question), "repair"))
-    return Plan(mask, scores, most, dense_layers, discount=discount, rows=rows)
+    mask, ranked, rows = best_rows(side.model.params.outer, ids, bounds, padded, ranks, groups,
+                                   side.rows(most + len(prompt.question), "repair"))
+    return Plan(mask, scores, most, dense_layers, discount=discount, rows=rows, ranked=ranked)
