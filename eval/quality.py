@@ -48,7 +48,7 @@ from eval.ledger import Key, Ledger
 from eval.pool import Answer, Pool
 from eval.presets import Entry, columns
 from eval.rows import Row
-from eval.samples import Job, jobs, part_of, prepared, rounds, shard
+from eval.samples import Job, heads_first, jobs, part_of, prepared, rounds, shard
 from eval.script import start
 from eval.tasks import Sample
 
@@ -201,7 +201,7 @@ def run(config: ConfigDict) -> Path | None:
                  seed=config.seed)
     adapter = adapter_of(config.aux_adapter, config.aux)
     methods, tokenizer = columns_of(config, adapter), located(config.primary)
-    parts = shard(asked, config.shard, tokenizer, config.judged)
+    parts = heads_first(shard(asked, config.shard, tokenizer, config.judged), config.block)
     question = {k: v for k, v in config.to_dict().items() if k not in FREE}
     if adapter is not None:
         question["aux_adapter"] = f"{config.aux_adapter} ({fingerprint(adapter)})"

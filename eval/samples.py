@@ -121,6 +121,16 @@ def part_of(name: str, part: str, total: int) -> slice:
     return slice(total * int(number) // int(of), total * (int(number) + 1) // int(of))
 
 
+def heads_first(asked: Sequence[tuple[Job, slice]], block: int) -> list[tuple[Job, slice]]:
+    """The same parts of jobs, of each its first `block` samples before the rest of any (0: as they are): a task makes
+    samples one after another, so the first of `rounds` would wait for the last sample of the slowest."""
+    if not block:
+        return list(asked)
+    heads = [(job, slice(part.start, min(part.start + block, part.stop))) for job, part in asked]
+    return heads + [(job, slice(head.stop, part.stop)) for (job, part), (_, head) in zip(asked, heads, strict=True)
+                    if head.stop < part.stop]
+
+
 def prepared(asked: Sequence[tuple[Job, slice]], tokenizer: str, judged: int, workers: int) -> Iterator[Made]:
     """The samples of parts of jobs, in order, made by `workers` processes ahead of their use (0: when they're used)."""
     # A task makes its samples one after another: those behind a part are left out, where they don't say how many slots.

@@ -26,7 +26,7 @@ from eval.presets import entries
 from eval.quality import columns_of, run, target
 from eval.report import write
 from eval.rows import read_rows
-from eval.samples import Made, jobs, made, prepared, rounds, shard, starting_on_cpu
+from eval.samples import Made, heads_first, jobs, made, prepared, rounds, shard, starting_on_cpu
 from tests import samples
 from tests.test_adapter import random_adapter
 
@@ -260,6 +260,20 @@ def test_tasks_take_turns_a_block_of_samples_each(block, expected):
     found = list(rounds((job(name, count) for name, count in (("a", 5), ("b", 3), ("c", 1))), block))
     assert [m.job.name + "".join(s.id for s in m.samples) for m in found] == expected
     assert all(m.first == 5 + int(m.samples[0].id) and m.slots == 256 for m in found)
+
+
+@pytest.mark.parametrize("block", [0, 1, 2, 3, 9])
+def test_the_first_samples_of_every_task_are_made_before_the_rest_of_any(config, block):
+    asked = shard(jobs(config.tasks, config.lengths, config.data, count=4, split="report", seed=0), "0/1",
+                  config.primary, 4)
+    parts = heads_first(asked, block)
+    assert [part.stop for _, part in parts[: len(asked)]] == [min(block or 9, part.stop) for _, part in asked]
+
+    def answered(parts):
+        found = rounds(prepared(parts, config.primary, 4, workers=0), block)
+        return [(m.job.name, m.first + i, s, m.slots) for m in found for i, s in enumerate(m.samples)]
+
+    assert answered(parts) == answered(asked)
 
 
 def platform() -> str:
