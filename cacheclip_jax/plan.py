@@ -102,10 +102,10 @@ class Plan:
         return int(np.asarray(self.recompute).sum()) if self.at_most is None else self.at_most
 
     def fetched(self, context_tokens: int) -> Plan:
-        """The plan on the host, one entry per context token."""
-        mask, scores, ranked = (None if one is None else np.asarray(one)[:context_tokens]
-                                for one in (self.recompute, self.scores, self.ranked))
-        assert mask is not None
+        """The plan on the host, one entry per context token; `ranked` are the scores where nothing else is."""
+        scores = None if self.scores is None else np.asarray(self.scores)[:context_tokens]
+        ranked = scores if self.ranked is None else np.asarray(self.ranked)[:context_tokens]
+        mask = np.asarray(self.recompute)[:context_tokens]
         return dataclasses.replace(self, recompute=mask, scores=scores, ranked=ranked, rows=None)
 
 

@@ -92,5 +92,4 @@ class AnswerStream:
             repaired=tuple(p.fetched.repaired), warnings=self.warnings,
             compiles=compiles.count() - p.compiled_before,
             times=Times(**p.clock.stages(), ttft=self._ttft, decode=decode_seconds),
-            passages=p.passages, selection=Selection(
-                p.plan.recompute, p.plan.scores, p.plan.scores if p.plan.ranked is None else p.plan.ranked))
+            passages=p.passages, selection=Selection(p.plan.recompute, p.plan.scores, p.plan.ranked))

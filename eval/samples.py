@@ -38,6 +38,11 @@ class Job:
     data: Path | None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether its first samples can be made without the others: these don't say how many there are, nor slots."""
+        return bool(self.length and self.count)
+
 
 @dataclass(frozen=True)
 class Made:
@@ -123,18 +128,21 @@ def part_of(name: str, part: str, total: int) -> slice:
 
 def heads_first(asked: Sequence[tuple[Job, slice]], block: int) -> list[tuple[Job, slice]]:
     """The same parts of jobs, of each its first `block` samples before the rest of any (0: as they are): a task makes
-    samples one after another, so the first of `rounds` would wait for the last sample of the slowest."""
-    if not block:
-        return list(asked)
-    heads = [(job, slice(part.start, min(part.start + block, part.stop))) for job, part in asked]
-    return heads + [(job, slice(head.stop, part.stop)) for (job, part), (_, head) in zip(asked, heads, strict=True)
-                    if head.stop < part.stop]
+    samples one after another, so the first of `rounds` would wait for the last sample of the slowest. Where the first
+    can't be made alone, parts stay whole."""
+    heads, rest = [], []
+    for job, part in asked:
+        middle = min(part.start + block, part.stop) if block and job.in_order else part.stop
+        heads.append((job, slice(part.start, middle)))
+        if middle < part.stop:
+            rest.append((job, slice(middle, part.stop)))
+    return heads + rest
 
 
 def prepared(asked: Sequence[tuple[Job, slice]], tokenizer: str, judged: int, workers: int) -> Iterator[Made]:
     """The samples of parts of jobs, in order, made by `workers` processes ahead of their use (0: when they're used)."""
     # A task makes its samples one after another: those behind a part are left out, where they don't say how many slots.
-    asked = [(dataclasses.replace(job, count=part.stop) if job.length and job.count else job, part)
+    asked = [(dataclasses.replace(job, count=part.stop) if job.in_order else job, part)
              for job, part in asked]
     if not workers:
         for job, part in asked:

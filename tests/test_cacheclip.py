@@ -54,8 +54,7 @@ def test_a_plan_is_the_scores_ranked_and_selected(clip, method):
     ranks = np.asarray(rank(plan.scores, prompt.chunks, method.ranking, prompt.question))
     wanted = select(ranks, prompt.chunk_lengths, method.budget, method.grouping, prompt.chunks, method.heads_of_chunks)
     np.testing.assert_array_equal(plan.recompute, wanted)
-    ranked = plan.scores if plan.ranked is None else plan.ranked
-    np.testing.assert_allclose(ranked, ranks[: len(ranked)], rtol=1e-6)
+    np.testing.assert_allclose(plan.ranked, ranks[: prompt.context_tokens], rtol=1e-6)
     target = method.budget.target(prompt.context_tokens)
     assert plan.recompute.sum() < target + method.grouping.longest
 

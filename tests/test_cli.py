@@ -216,7 +216,7 @@ def test_the_explain_page_is_self_contained_marks_tokens_and_escapes_text(ask, t
     assert marked and bool(plain) == (method == "cacheclip")
     assert f"{result['recomputed_tokens']} of {result['context_tokens']}" in html
     assert all(id in html for id in result["chunks"])
-    assert ("score, by rank" in html) == (method == "cacheclip")
+    assert ('<span class="s9">high</span> score, by rank' in html) == (method == "cacheclip")
 
 
 def test_a_question_of_unknown_or_common_words_still_retrieves(ask):
