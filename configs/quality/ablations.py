@@ -3,8 +3,7 @@
     python -m eval.quality --config=configs/quality/ablations.py --config.data=DIR         # the selection
     python -m eval.quality --config=configs/quality/ablations.py:ratios --config.data=DIR  # 2 to 50%, and adaptive
     python -m eval.quality --config=configs/quality/ablations.py:chunks --config.data=DIR  # of 128 to 1024 tokens
-    python -m eval.quality --config=configs/quality/ablations.py --config.data=DIR --config.aux=smollm2-135m \\
-      --config.run=ablations-smollm2 --config.out=runs/ablations-smollm2.jsonl              # another aux model
+    python -m eval.quality --config=configs/quality/ablations.py:aux --config.data=DIR     # another aux model
     python -m eval.report runs/ablations*.jsonl --out results/ablations
 
 A label says what differs from the default, the preset `lead-in`: chunks behind a lead-in, the aux's late half of the
@@ -30,12 +29,15 @@ RATIOS = (0.05, 0.1)
 
 
 def get_config(which: str = "selection") -> ml_collections.ConfigDict:
-    """`which`: selection, ratios or chunks."""
+    """`which`: selection, ratios, chunks or aux."""
     config = defaults.base()
     config.update({
         "run": f"ablations-{which}", "out": f"runs/ablations-{which}.jsonl", "tasks": TASKS, "lengths": (4096,),
-        "split": "tune", "methods": {"selection": selection(), "ratios": ratios(), "chunks": chunks()}[which],
+        "split": "tune",
+        "methods": {"selection": selection, "ratios": ratios, "chunks": chunks, "aux": other_aux}[which](),
     })
+    if which == "aux":
+        config.aux = "smollm2-135m"  # its tokens aren't the primary's
     if which == "chunks":
         config.tasks = tuple({**task, "name": f"{task['task']} {size}", "chunk_tokens": size}
                              for task in TASKS[:3] for size in (128, 256, 512, 1024))
@@ -94,3 +96,14 @@ def chunks() -> tuple[dict[str, Any], ...]:
     """Few methods: here the tasks differ."""
     return ({"method": "naive", "preset": "lead-in"}, variant("default"),
             {"method": "prophetkv", "preset": "lead-in", "ratios": RATIOS})
+
+
+def other_aux() -> tuple[dict[str, Any], ...]:
+    """What depends on the aux model."""
+    return (
+        {"method": "naive", "preset": "lead-in"},
+        variant("default"), variant("joint", scoring={"context": "joint"}),
+        variant("lexical 0", ranking=ranked(lexical=0.0)),
+        *({"method": "cacheclip", "preset": preset, "ratios": RATIOS} for preset in ("late", "paper")),
+        {"method": "specprefill", "ratios": RATIOS},
+    )
