@@ -32,7 +32,10 @@ class CopyOnHost:
     def enter(self):
         pass
 
-    wait = enter
+    wait = mark = enter
+
+    def reach(self, mark):
+        pass
 
     def copy(self, source, source_pitch, target, target_pitch, width, height):
         for n in range(height):
