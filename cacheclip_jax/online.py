@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int
 from cacheclip_jax.alone import alone_span
 from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
+from cacheclip_jax.bundle import Bundle, bundle
 from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.model import decoder
 from cacheclip_jax.model.load import Model
 from cacheclip_jax.model.params import Params
-from cacheclip_jax.packed import Packed, pack
 from cacheclip_jax.plan import Behind, Caches, Context, Plan, Tail
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import (
@@ -229,7 +229,7 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
     weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
     total, count, prefix = _constants(side.slots, len(scoring.layer_indices(cfg.num_layers)), len(prompt.prefix),
                                       side.sharding)
-    sent = jax.device_put(pack((*padded(read, positions, side.rows(len(read), "question")), known,
+    sent = jax.device_put(bundle((*padded(read, positions, side.rows(len(read), "question")), known,
                                 [None if weights is None else weights[b.start : b.stop] for b in blocks])),
                           side.sharding)
     side.release()
@@ -239,9 +239,9 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
 
 
 @jax.jit
-def embed_question(outer: Params, sent: Packed) -> tuple[Any, ...]:
-    """The embeddings of the ids that were packed first, and all that was packed."""
-    ids, *others = sent.unpacked()
+def embed_question(outer: Params, sent: Bundle) -> tuple[Any, ...]:
+    """The embeddings of the ids that a bundle begins with, and all that is in it."""
+    ids, *others = sent.opened()
     return decoder.embed(outer, ids), ids, *others
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar, Protocol
 import jax
 import numpy as np
 
+from cacheclip_jax.bundle import bundle
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Windows
-from cacheclip_jax.packed import pack
 from cacheclip_jax.plan import Behind, Caches, Discount, Plan, Scores
 from cacheclip_jax.ranking import Ranking, Ranks, rank
 from cacheclip_jax.recompute import best_rows
@@ -65,7 +65,7 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
         chosen = select_on_device(ranked, prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount, ranked=ranked)
     sent = request.aside(lambda: jax.device_put(
-        pack((*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
+        bundle((*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
               Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount)),
         side.sharding))
     scores = signal()

@@ -1,5 +1,5 @@
-"""Small arrays of several kinds as one: a request sends dozens, and each copy to the device takes tens of microseconds
-of the host while threads wait for Python's lock."""
+"""Small arrays of several kinds as one, which reaches the device with one copy: each copy takes time of the host, and of
+whoever waits for Python's lock meanwhile."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Int
 
 
 @struct.dataclass
-class Packed:
+class Bundle:
     """The arrays of a pytree one after another as 32-bit words, and what says how they lie there."""
 
     words: Int[Any, "W"]
     tree: Any = struct.field(pytree_node=False)
     kinds: tuple[tuple[tuple[int, ...], str], ...] = struct.field(pytree_node=False)  # shape and dtype of each
 
-    def unpacked(self) -> Any:
+    def opened(self) -> Any:
         """The pytree, in a compiled program."""
         leaves, at = [], 0
         for shape, dtype in self.kinds:
@@ -30,12 +30,12 @@ class Packed:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def pack(tree: Any) -> Packed:
+def bundle(tree: Any) -> Bundle:
     """A pytree of numpy arrays and scalars of int32, float32 or bool, on the host. Raises TypeError for others."""
     leaves, structure = jax.tree.flatten(tree)
     arrays = [np.asarray(leaf) for leaf in leaves]
     for array in arrays:
         if array.dtype not in (np.int32, np.float32, np.bool_):
-            raise TypeError(f"arrays of {array.dtype} can't be packed: make them int32, float32 or bool")
+            raise TypeError(f"arrays of {array.dtype} can't be bundled: make them int32, float32 or bool")
     words = [a.astype(np.int32).reshape(-1) if a.dtype == bool else a.reshape(-1).view(np.int32) for a in arrays]
-    return Packed(np.concatenate(words), structure, tuple((a.shape, a.dtype.name) for a in arrays))
+    return Bundle(np.concatenate(words), structure, tuple((a.shape, a.dtype.name) for a in arrays))
