@@ -230,7 +230,7 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
     total, count, prefix = _constants(side.slots, len(scoring.layer_indices(cfg.num_layers)), len(prompt.prefix),
                                       side.sharding)
     sent = jax.device_put(bundle((*padded(read, positions, side.rows(len(read), "question")), known,
-                                [None if weights is None else weights[b.start : b.stop] for b in blocks])),
+                                  [None if weights is None else weights[b.start : b.stop] for b in blocks])),
                           side.sharding)
     side.release()
     # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.

@@ -66,7 +66,7 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount, ranked=ranked)
     sent = request.aside(lambda: jax.device_put(
         bundle((*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
-              Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount)),
+                Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount)),
         side.sharding))
     scores = signal()
     padded = pad_to_bucket(scores, prompt.context_tokens)
