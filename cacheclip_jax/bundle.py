@@ -1,5 +1,5 @@
-"""Small arrays of several kinds as one, which reaches the device with one copy: each copy takes time of the host, and of
-whoever waits for Python's lock meanwhile."""
+"""Small arrays of several kinds as one, which reaches the device with one copy: each copy takes time of the host, and
+of whoever waits for Python's lock meanwhile."""
 
 from __future__ import annotations
 
