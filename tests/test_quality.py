@@ -249,6 +249,16 @@ def test_the_columns_of_every_config_can_be_told_apart(made_by):
     assert len(columns_of(config, adapter_of(config.aux_adapter, config.aux))) > 8
 
 
+@pytest.mark.parametrize(("which", "aux"), [
+    ("selection", ""), ("ratios", ""), ("chunks", ""), ("aux", "smollm2-135m"),
+])
+def test_every_kind_of_ablation_has_the_default_at_10_percent_and_the_aux_model_that_it_is_about(which, aux):
+    config = ablations.get_config(which)
+    default, = (e for e in entries(ablations.variant("default")) if e.ratio == 0.1)
+    assert any(e.method == default.method and e.lead_in == default.lead_in for e in columns_of(config, None))
+    assert config.aux == (aux or defaults.base().aux) and config.split == "tune"
+
+
 @pytest.mark.parametrize(("block", "expected"), [
     (2, ["a01", "b01", "c0", "a23", "b2", "a4"]), (0, ["a01234", "b012", "c0"]), (9, ["a01234", "b012", "c0"]),
 ])
