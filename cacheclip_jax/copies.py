@@ -65,18 +65,6 @@ class Stream:
         _check("cuEventRecord", self._event, self._stream, keep_lock=True)
         _check("cuStreamWaitEvent", ctypes.c_void_p(other), self._event, 0, keep_lock=True)
 
-    def mark(self) -> ctypes.c_void_p:
-        """The end of the copies that were asked for so far, for `reach`."""
-        mark = ctypes.c_void_p()
-        _check("cuEventCreate", ctypes.byref(mark), _DISABLE_TIMING, keep_lock=True)
-        _check("cuEventRecord", mark, self._stream, keep_lock=True)
-        return mark
-
-    def reach(self, mark: ctypes.c_void_p) -> None:
-        """Wait until copies up to a mark are done; it can't be used again."""
-        _check("cuEventSynchronize", mark)
-        _check("cuEventDestroy_v2", mark, keep_lock=True)
-
     def wait(self) -> None:
         """Wait until every copy is done."""
         _check("cuStreamSynchronize", self._stream)

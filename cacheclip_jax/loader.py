@@ -63,24 +63,17 @@ class RowCopies:
     def __init__(self, buffers: RowBuffers, size: int, ahead: int, offsets: Sequence[int], rows: Sequence[int]):
         self._buffers, self._offsets, self._rows = buffers, offsets, rows
         self._ring = buffers.borrow(size, ahead)
-        self._under_way: deque[Any] = deque()  # marks of blocks
 
     def send(self, number: int, chunks: Sequence[HostChunk]) -> jax.Array:
-        """Start to copy a block's rows when all but one of those before are there: the bus always has work, and a call
-        that asks for copies, which holds Python's lock, doesn't follow another at once."""
-        stream = self._buffers.stream
-        stream.enter()
-        if len(self._under_way) == 2:
-            stream.reach(self._under_way.popleft())
-        rows = self._buffers.filled(self._ring[number % len(self._ring)], number, chunks, self._offsets, self._rows)
-        self._under_way.append(stream.mark())
-        return rows
+        """Start to copy a block's rows when the block before is there: a call that asks for a copy holds Python's lock,
+        which the request's own thread wants too."""
+        self._buffers.stream.enter()
+        self._buffers.stream.wait()
+        return self._buffers.filled(self._ring[number % len(self._ring)], number, chunks, self._offsets, self._rows)
 
     def finish(self) -> None:
         """Wait for the copies."""
         self._buffers.stream.wait()
-        while self._under_way:
-            self._buffers.stream.reach(self._under_way.popleft())
 
     def computed(self) -> None:
         """Give the buffers back."""

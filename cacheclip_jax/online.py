@@ -19,11 +19,8 @@ from jaxtyping import Array, Float, Int
 from cacheclip_jax.alone import alone_span
 from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
-from cacheclip_jax.bundle import Bundle, bundle
 from cacheclip_jax.errors import ContextTooLong
-from cacheclip_jax.model import decoder
 from cacheclip_jax.model.load import Model
-from cacheclip_jax.model.params import Params
 from cacheclip_jax.plan import Behind, Caches, Context, Plan, Tail
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import (
@@ -206,7 +203,7 @@ class Asked(NamedTuple):
     weights: list[Float[Any, "B N"] | None]  # of each block's heads
     count: Float[Any, ""]  # of scored layers
     prefix: Int[Any, ""]  # the slot where the context begins
-    embedded: Rows  # the rows themselves; scoring over chunk caches uses them up
+    embedded: Rows | None = None  # the rows themselves, where they go over chunk caches; scoring uses them up
 
     @property
     def rows(self) -> tuple[Any, Any, Any]:
@@ -229,20 +226,13 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
     weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
     total, count, prefix = _constants(side.slots, len(scoring.layer_indices(cfg.num_layers)), len(prompt.prefix),
                                       side.sharding)
-    sent = jax.device_put(bundle((*padded(read, positions, side.rows(len(read), "question")), known,
-                                  [None if weights is None else weights[b.start : b.stop] for b in blocks])),
-                          side.sharding)
+    ids, positions, known, given = jax.device_put(
+        (*padded(read, positions, side.rows(len(read), "question")), known,
+         [None if weights is None else weights[b.start : b.stop] for b in blocks]), side.sharding)
+    asked = Asked(ids, positions, known, total, given, count, prefix)
     side.release()
     # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
-    embedded, ids, positions, known, given = embed_question(model.asking.outer, sent)
-    return Asked(ids, positions, known, total, given, count, prefix, embedded)
-
-
-@jax.jit
-def embed_question(outer: Params, sent: Bundle) -> tuple[Any, ...]:
-    """The embeddings of the ids that a bundle begins with, and all that is in it."""
-    ids, *others = sent.opened()
-    return decoder.embed(outer, ids), ids, *others
+    return asked if feed is None else asked._replace(embedded=embed_rows(model.asking.outer, asked.ids))
 
 
 @lru_cache(maxsize=64)
@@ -267,6 +257,7 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
         x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
         kept = list(zip(cache.k, cache.v, strict=True))
     else:
+        assert asked.embedded is not None
         x, total, kept = asked.embedded, asked.total, []
         for number, block in enumerate(up_to(feed.blocks, depth)):
             rows = feed.take(number)

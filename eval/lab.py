@@ -214,7 +214,7 @@ class ResidentFeed:
 def _placement(tokens: int, slots: int) -> Placement:
     """Rows in the order of the slots: [2, K, slots, H] a layer."""
     slot = np.arange(slots, dtype=np.int32)
-    return Placement(np.stack([np.where(slot < tokens, slot, -1), np.full(slots, slots, np.int32)]))
+    return Placement(np.where(slot < tokens, slot, -1), np.full(slots, slots, np.int32))
 
 
 def _encoded(model: Model, prompt: Prompt, behind: Behind, slots: int) -> list[Float[Array, "l R H"]]:

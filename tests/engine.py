@@ -32,10 +32,7 @@ class CopyOnHost:
     def enter(self):
         pass
 
-    wait = mark = enter
-
-    def reach(self, mark):
-        pass
+    wait = enter
 
     def copy(self, source, source_pitch, target, target_pitch, width, height):
         for n in range(height):

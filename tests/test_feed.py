@@ -16,7 +16,7 @@ from cacheclip_jax import CacheClip, ChunkStore, Passage, copies, pages, request
 from cacheclip_jax.caches import Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.errors import StoreError
-from cacheclip_jax.loader import BlockLoader, PageCopies, RowCopies
+from cacheclip_jax.loader import BlockLoader, PageCopies
 from cacheclip_jax.model.load import load_model
 from cacheclip_jax.pages import HostPages, PageLayout
 from cacheclip_jax.store_side import StoreSide
@@ -127,27 +127,6 @@ def test_a_buffer_is_lent_to_one_request_at_a_time_and_few_sizes_are_kept(models
     for size in (16, 24, 8):
         buffers.give_back(buffers.borrow(size, 1))
     assert list(buffers._free) == [24, 8]
-
-
-def test_a_block_is_copied_when_all_but_one_before_it_are_there(models):
-    cfg, sharding, log = models[0].config, models[0].params.embed.sharding, []
-
-    class Watched(CopyOnHost):
-        def mark(self):
-            log.append(f"copy {sum(line.startswith('copy') for line in log)}")
-            return len(log)
-
-        def reach(self, mark):
-            log.append(f"wait for {log[mark - 1]}")
-
-    layout = PageLayout.of(cfg, np.dtype("float32"), 1)
-    rows = copies.RowBuffers(layout, sharding, Watched(None))
-    copier = RowCopies(rows, 8, 4, [], [])
-    for number in range(4):
-        copier.send(number, [])
-    assert log == ["copy 0", "copy 1", "wait for copy 0", "copy 2", "wait for copy 1", "copy 3"]
-    copier.finish()
-    assert log[-2:] == ["wait for copy 2", "wait for copy 3"]
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -8,7 +8,6 @@ from typing import ClassVar, Protocol
 import jax
 import numpy as np
 
-from cacheclip_jax.bundle import bundle
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Windows
 from cacheclip_jax.plan import Behind, Caches, Discount, Plan, Scores
@@ -65,13 +64,13 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
         chosen = select_on_device(ranked, prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount, ranked=ranked)
     sent = request.aside(lambda: jax.device_put(
-        bundle((*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
-                Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount)),
-        side.sharding))
+        (*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
+         Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount), side.sharding))
     scores = signal()
+    ids, bounds, ranks, groups, discount = sent()
     padded = pad_to_bucket(scores, prompt.context_tokens)
     if isinstance(padded, np.ndarray) or padded.sharding != side.sharding:
         padded = jax.device_put(padded, side.sharding)
-    mask, ranked, rows, discount = best_rows(side.model.params.outer, sent(), padded,
-                                             side.rows(most + len(prompt.question), "repair"))
+    mask, ranked, rows = best_rows(side.model.params.outer, ids, bounds, padded, ranks, groups,
+                                   side.rows(most + len(prompt.question), "repair"))
     return Plan(mask, scores, most, dense_layers, discount=discount, rows=rows, ranked=ranked)
