@@ -34,11 +34,20 @@ class Placement:
     """Where each slot's key and value lie in a layer's rows, which hold the parts' [2, K, C, H] one after another.
 
     Part p (0 key, 1 value) of kv head h of slot s is row `first[s] + (p * K + h) * stride[s]`: first is where the part
-    begins plus the token's place in it, stride the part's C. A free slot has first -1.
+    begins plus the token's place in it, stride the part's C. A free slot has first -1. The `table` has both.
     """
 
-    first: Int[Array | np.ndarray, "S"]
-    stride: Int[Array | np.ndarray, "S"]
+    table: Int[Array | np.ndarray, "2 S"]
+
+    @property
+    def first(self) -> Int[Array | np.ndarray, "S"]:
+        """The row of each slot's key of kv head 0."""
+        return self.table[0]
+
+    @property
+    def stride(self) -> Int[Array | np.ndarray, "S"]:
+        """How many rows lie from one kv head's to the next."""
+        return self.table[1]
 
 
 @struct.dataclass
@@ -66,12 +75,14 @@ def placement(cfg: ModelConfig, slots: int, lengths: Sequence[int], offsets: Seq
     starts = np.cumsum(tokens, dtype=np.int32) - tokens
     begins = 2 * cfg.num_kv_heads * starts if offsets is None else np.asarray(offsets, np.int32)
     total = int(tokens.sum())
-    first, stride = np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
+    table = np.zeros((2, slots), np.int32)
+    first, stride = table
+    first[total:] = -1
     first[:total] = np.arange(total, dtype=np.int32) + np.repeat(begins - starts, tokens)
     stride[:total] = np.repeat(tokens, tokens)
     for start, count in zip(starts[begins < 0], tokens[begins < 0], strict=True):
         first[start : start + count] = -1
-    return Placement(first, stride)
+    return Placement(table)
 
 
 def place(cfg: ModelConfig, rows: Float[Array, "R H"], where: Placement, fresh: Fresh | None = None,

@@ -44,11 +44,10 @@ class Stream:
     """A CUDA stream of one device, beside those of the runtime."""
 
     def __init__(self, device: jax.Device):
-        self._context, self._stream, self._event = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._context, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
         _check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device.local_hardware_id)
         self.enter()
-        _check("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
-        _check("cuEventCreate", ctypes.byref(self._event), _DISABLE_TIMING)
+        _check("cuStreamCreate", ctypes.byref(self.handle), _NON_BLOCKING)
 
     def enter(self) -> None:
         """Let the calling thread use this stream."""
@@ -58,16 +57,32 @@ class Stream:
         """Start to copy `height` runs of `width` bytes from pinned memory to the device, a pitch apart on each side."""
         _check("cuMemcpy2DAsync_v2", ctypes.byref(_Memcpy2D(
             srcMemoryType=_HOST, srcHost=source, srcPitch=source_pitch, dstMemoryType=_DEVICE, dstDevice=target,
-            dstPitch=target_pitch, WidthInBytes=width, Height=height)), self._stream, keep_lock=True)
+            dstPitch=target_pitch, WidthInBytes=width, Height=height)), self.handle, keep_lock=True)
 
-    def hold_up(self, other: int) -> None:
-        """Let another stream wait, on the device, for the copies that were asked for so far."""
-        _check("cuEventRecord", self._event, self._stream, keep_lock=True)
-        _check("cuStreamWaitEvent", ctypes.c_void_p(other), self._event, 0, keep_lock=True)
+    def mark(self) -> Mark:
+        """The end of the copies that were asked for so far."""
+        return Mark(self)
 
     def wait(self) -> None:
         """Wait until every copy is done."""
-        _check("cuStreamSynchronize", self._stream)
+        _check("cuStreamSynchronize", self.handle)
+
+
+class Mark:
+    """A place in a stream's work, that threads may wait for without Python's lock."""
+
+    def __init__(self, stream: Stream):
+        self._enter, self._event = stream.enter, ctypes.c_void_p()
+        _check("cuEventCreate", ctypes.byref(self._event), _DISABLE_TIMING, keep_lock=True)
+        _check("cuEventRecord", self._event, stream.handle, keep_lock=True)
+
+    def reach(self) -> None:
+        """Wait until all work before it is done."""
+        self._enter()
+        _check("cuEventSynchronize", self._event)
+
+    def __del__(self) -> None:
+        driver(keep_lock=True).cuEventDestroy_v2(self._event)
 
 
 def _check(name: str, *args: Any, keep_lock: bool = False) -> None:
@@ -112,10 +127,10 @@ class RowBuffers:
             while len(self._free) > self.kept_sizes:
                 self._free.popitem(last=False)
 
-    def filled(self, buffer: jax.Array, block: int, chunks: Sequence[HostChunk], offsets: Sequence[int],
-               rows: Sequence[int]) -> jax.Array:
-        """Start to copy a block of layers of chunks to `buffer`, `rows[i]` rows a layer to row `offsets[i]`. The array
-        that this gives is the same memory; who computes with it waits on the device until the copies are done."""
+    def fill(self, buffer: jax.Array, block: int, chunks: Sequence[HostChunk], offsets: Sequence[int],
+             rows: Sequence[int]) -> Mark:
+        """Start to copy a block of layers of chunks to `buffer`, `rows[i]` rows a layer to row `offsets[i]`; gives the
+        end of the copies, before which nobody may compute with the buffer."""
         row_bytes = self.layout.head_dim * self.layout.dtype.itemsize
         start, pitch = buffer.unsafe_buffer_pointer(), buffer.shape[1] * row_bytes
         for chunk, offset, count in zip(chunks, offsets, rows, strict=True):
@@ -124,18 +139,4 @@ class RowBuffers:
                 height, size = page.layers.shape
                 self.stream.copy(page.layers.ctypes.data, size, target, pitch, min(left, size), height)
                 target, left = target + size, left - size
-        return jax.dlpack.from_dlpack(_Arriving(buffer, self.stream))
-
-
-class _Arriving:
-    """An array whose memory is still being written: for whoever takes it over by DLPack, which tells producers of the
-    consumer's stream."""
-
-    def __init__(self, buffer: Any, stream: Stream):
-        self._buffer, self._stream = buffer, stream
-        self.__dlpack_device__ = buffer.__dlpack_device__
-
-    def __dlpack__(self, *, stream: int | None, **options: Any) -> Any:
-        if stream is not None:
-            self._stream.hold_up(stream)
-        return self._buffer.__dlpack__(stream=stream, **options)
+        return self.stream.mark()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
@@ -103,6 +103,13 @@ class Feed:
         """Tell that the next block was dispatched; `mark` is ready when it's done, and no later program is given it."""
         if self._loader is not None:
             self._loader.computed(mark)
+
+    def then(self, do: Callable[[], None]) -> None:
+        """Call `do` when the last block is on the device."""
+        if self._loader is None:
+            do()
+        else:
+            self._loader.then(do)
 
     def stop(self) -> None:
         """Let the loading thread end, also when not every block was taken."""

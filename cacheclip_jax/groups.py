@@ -64,7 +64,7 @@ class Sentences:
         """Tokens of each group, in order of the context."""
         if [len(c.ids) for c in chunks] != list(chunk_lengths):
             raise ValueError(f"sentences of chunks of {list(chunk_lengths)} tokens need these chunks' texts")
-        lengths = np.concatenate([np.diff(c.sentence_starts, append=len(c.ids)) for c in chunks])
+        lengths = np.concatenate([c.sentence_lengths for c in chunks])
         parts = -(-lengths // self.longest)
         part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
         length, parts = np.repeat(lengths, parts), np.repeat(parts, parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Sharding
 
-from cacheclip_jax.copies import RowBuffers
+from cacheclip_jax.copies import Mark, RowBuffers
 from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.pages import HostChunk
 from cacheclip_jax.reading import Reading
@@ -23,9 +23,9 @@ Source = HostChunk | Reading
 class Copier(Protocol):
     """A way to the device."""
 
-    def send(self, number: int, chunks: Sequence[HostChunk]) -> Any:
-        """Copy a block of layers; what it returns may be computed with at once. The copy of the block `ahead` before
-        isn't read any more."""
+    def send(self, number: int, chunks: Sequence[HostChunk]) -> Callable[[], Any]:
+        """Start to copy a block of layers; what this returns gives, when called, what programs may be given. The copy
+        of the block `ahead` before isn't read any more."""
 
     def finish(self) -> None:
         """Wait until no copy reads the host's pages."""
@@ -41,12 +41,13 @@ class PageCopies:
         self._sharding = sharding
         self._under_way: deque[list[jax.Array]] = deque(maxlen=ahead)
 
-    def send(self, number: int, chunks: Sequence[HostChunk]) -> list[list[jax.Array]]:
-        """Start to copy a block's pages."""
+    def send(self, number: int, chunks: Sequence[HostChunk]) -> Callable[[], list[list[jax.Array]]]:
+        """Start to copy a block's pages; programs wait for them."""
         self._under_way.append(jax.device_put([page.array for c in chunks for page in c.blocks[number]],
                                               self._sharding))
         copies = iter(self._under_way[-1])
-        return [[next(copies) for _ in chunk.blocks[number]] for chunk in chunks]
+        given = [[next(copies) for _ in chunk.blocks[number]] for chunk in chunks]
+        return lambda: given
 
     def finish(self) -> None:
         """Wait for the copies."""
@@ -58,18 +59,28 @@ class PageCopies:
 
 
 class RowCopies:
-    """Rows are copied to where they lie in a buffer on the device; gives the buffer, which the device waits for."""
+    """Rows are copied to where they lie in a buffer on the device; gives the buffer, once the copies are done."""
 
     def __init__(self, buffers: RowBuffers, size: int, ahead: int, offsets: Sequence[int], rows: Sequence[int]):
         self._buffers, self._offsets, self._rows = buffers, offsets, rows
         self._ring = buffers.borrow(size, ahead)
+        self._under_way: deque[Mark] = deque()
 
-    def send(self, number: int, chunks: Sequence[HostChunk]) -> jax.Array:
-        """Start to copy a block's rows when the block before is there: a call that asks for a copy holds Python's lock,
-        which the request's own thread wants too."""
+    def send(self, number: int, chunks: Sequence[HostChunk]) -> Callable[[], jax.Array]:
+        """Start to copy a block's rows when all but one of those before are there: the bus always has work, and a call
+        that asks for copies, which holds Python's lock, doesn't follow another at once."""
         self._buffers.stream.enter()
-        self._buffers.stream.wait()
-        return self._buffers.filled(self._ring[number % len(self._ring)], number, chunks, self._offsets, self._rows)
+        if len(self._under_way) == 2:
+            self._under_way.popleft().reach()
+        buffer = self._ring[number % len(self._ring)]
+        copied = self._buffers.fill(buffer, number, chunks, self._offsets, self._rows)
+        self._under_way.append(copied)
+
+        def arrived() -> jax.Array:
+            copied.reach()
+            return buffer
+
+        return arrived
 
     def finish(self) -> None:
         """Wait for the copies."""
@@ -95,7 +106,8 @@ class BlockLoader:
         self._copier, self._sources, self._ahead, self._repair = copier, list(sources), ahead, repair
         self._chunks: list[list[HostChunk]] = []  # of each block, held until no copy reads them
         self._sent = [Event() for _ in range(blocks)]
-        self._given: list[Any] = [None] * blocks
+        self._given: list[Callable[[], Any] | None] = [None] * blocks
+        self._copied: Future[None] = Future()
         self._error: BaseException | None = None
         self._marks: SimpleQueue[jax.Array | None] = SimpleQueue()  # for each block computed one that is ready then
         pool.submit(self._run)
@@ -105,7 +117,7 @@ class BlockLoader:
         self._released.set()
 
     def take(self, number: int) -> Any:
-        """What the copier gives for a block, as soon as it does. Each block can be taken once.
+        """What the copier gives for a block, as soon as programs may be given it. Each block can be taken once.
 
         Raises what went wrong, but for damaged chunks, which are repaired.
         """
@@ -114,11 +126,15 @@ class BlockLoader:
         given, self._given[number] = self._given[number], None
         if given is None:
             raise self._error or RuntimeError(f"block {number} was taken already")
-        return given
+        return given()
 
     def computed(self, mark: jax.Array) -> None:
         """Tell that the next block was dispatched; `mark` is ready when it's done, and no later program is given it."""
         self._marks.put(mark)
+
+    def then(self, do: Callable[[], None]) -> None:
+        """Call `do` when every block's copy is done, from the thread that copies, or at once; never where one fails."""
+        self._copied.add_done_callback(lambda _: do())
 
     def stop(self) -> None:
         """Let the thread end, also when not every block was taken."""
@@ -138,6 +154,7 @@ class BlockLoader:
                 self._copier.finish()
                 self._sources.clear()
                 self._chunks.clear()
+            self._copied.set_result(None)
             for _ in range(min(self._ahead, len(self._sent))):
                 last = self._mark()
             last.block_until_ready()

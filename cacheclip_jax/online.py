@@ -5,7 +5,6 @@ Programs are dispatched a few layers each and the device runs behind: nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +19,10 @@ from cacheclip_jax.alone import alone_span
 from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.errors import ContextTooLong
+from cacheclip_jax.model import decoder
 from cacheclip_jax.model.load import Model
+from cacheclip_jax.model.params import Params
+from cacheclip_jax.packed import Packed, pack
 from cacheclip_jax.plan import Behind, Caches, Context, Plan, Tail
 from cacheclip_jax.prompt import Prompt
 from cacheclip_jax.recompute import (
@@ -91,11 +93,10 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
             logits = last_logits(model.params.outer, cfg, x, last)
     for number, block in enumerate(feed.blocks):
         rows = feed.take(number)
-        first = max(len(done) - block.start, 0)
-        if first < len(block):
-            span = (x, model.params.layers[block.start + first : block.stop], cfg, slots, rows, feed.where, how, first,
-                    at, tail.context, plan.discount)
-            if block.stop < cfg.num_layers:
+        for part in _programs(range(max(block.start, len(done)), block.stop), ahead=number == 0):
+            span = (x, model.params.layers[part.start : part.stop], cfg, slots, rows, feed.where, how,
+                    part.start - block.start, at, tail.context, plan.discount)
+            if part.stop < cfg.num_layers:
                 x, layers = reuse_span(*span)
             else:
                 logits, layers = last_reuse_span(model.params.outer, last, *span)
@@ -107,6 +108,14 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
     if plan.discount is not None:
         tail = Tail(end, end, bias_of(plan.discount, slots, side.slots))
     return Repaired(logits, KVCache(*zip(*done, strict=True)), tail)
+
+
+def _programs(layers: range, ahead: bool) -> list[range]:
+    """The layers of a block by program: all in one, or, where the device has nothing to do until it is launched, SPAN
+    of them `ahead` of the others."""
+    if not ahead:
+        return [layers] if layers else []
+    return [layers[first : first + SPAN] for first in range(0, len(layers), SPAN)]
 
 
 def _prefill_kept(side: Side, plan: Plan) -> Repaired:
@@ -203,7 +212,7 @@ class Asked(NamedTuple):
     weights: list[Float[Any, "B N"] | None]  # of each block's heads
     count: Float[Any, ""]  # of scored layers
     prefix: Int[Any, ""]  # the slot where the context begins
-    embedded: Rows | None = None  # the rows themselves, where they go over chunk caches; scoring uses them up
+    embedded: Rows  # the rows themselves; scoring over chunk caches uses them up
 
     @property
     def rows(self) -> tuple[Any, Any, Any]:
@@ -226,13 +235,20 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
     weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
     total, count, prefix = _constants(side.slots, len(scoring.layer_indices(cfg.num_layers)), len(prompt.prefix),
                                       side.sharding)
-    ids, positions, known, given = jax.device_put(
-        (*padded(read, positions, side.rows(len(read), "question")), known,
-         [None if weights is None else weights[b.start : b.stop] for b in blocks]), side.sharding)
-    asked = Asked(ids, positions, known, total, given, count, prefix)
+    sent = jax.device_put(pack((*padded(read, positions, side.rows(len(read), "question")), known,
+                                [None if weights is None else weights[b.start : b.stop] for b in blocks])),
+                          side.sharding)
     side.release()
     # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
-    return asked if feed is None else asked._replace(embedded=embed_rows(model.asking.outer, asked.ids))
+    embedded, ids, positions, known, given = embed_question(model.asking.outer, sent)
+    return Asked(ids, positions, known, total, given, count, prefix, embedded)
+
+
+@jax.jit
+def embed_question(outer: Params, sent: Packed) -> tuple[Any, ...]:
+    """The embeddings of the ids that were packed first, and all that was packed."""
+    ids, *others = sent.unpacked()
+    return decoder.embed(outer, ids), ids, *others
 
 
 @lru_cache(maxsize=64)
@@ -243,11 +259,9 @@ def _constants(slots: int, layers: int, prefix: int, sharding: Sharding
     return jax.device_put((np.zeros(slots, np.float32), np.float32(layers), np.int32(prefix)), sharding)
 
 
-def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None,
-                    arrived: Callable[[], None] = lambda: None) -> Float[Array, "C"]:
+def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed | None) -> Float[Array, "C"]:
     """Attention of the question to every context token, anything after them up to their bucket: over chunk caches that
-    are still arriving, or without a `feed` over the model's own prefill of the whole prompt. `arrived` is called when
-    these are all there, unless scoring sends more after them."""
+    are still arriving, or without a `feed` over the model's own prefill of the whole prompt."""
     cfg, params, how = side.model.config, side.model.asking, side.model.attention.name
     weights, wanted = scoring.weights(cfg), scoring.layer_indices(cfg.num_layers)
     depth, size = scoring.layers_run(cfg.num_layers), bucket(side.prompt.context_tokens)
@@ -257,12 +271,9 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
         x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
         kept = list(zip(cache.k, cache.v, strict=True))
     else:
-        assert asked.embedded is not None
         x, total, kept = asked.embedded, asked.total, []
         for number, block in enumerate(up_to(feed.blocks, depth)):
             rows = feed.take(number)
-            if block.stop == depth and not scoring.further:
-                arrived()
             given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,
                      tuple(layer in wanted for layer in block), asked.positions, asked.known, rows, feed.where, total,
                      how)

@@ -20,9 +20,10 @@ from cacheclip_jax.model import decoder
 from cacheclip_jax.model.config import ModelConfig
 from cacheclip_jax.model.params import Layer, Params
 from cacheclip_jax.model.rope import rotate
+from cacheclip_jax.packed import Packed
 from cacheclip_jax.plan import Context, Discount, Tail
-from cacheclip_jax.ranking import Ranks, rank_tokens
-from cacheclip_jax.select import Best, select_groups
+from cacheclip_jax.ranking import rank_tokens
+from cacheclip_jax.select import select_groups
 
 SPAN = 2  # layers of a program where nothing else decides: all at once take several times as long to compile on a CPU
 
@@ -44,14 +45,16 @@ def choose_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], r
 
 
 @partial(jax.jit, static_argnames="count")
-def best_rows(params: Params, ids: Int[Array, "S"], bounds: Int[Array, "3"], scores: Float[Array, "C"],
-              ranks: Ranks | None, best: Best, count: int
-              ) -> tuple[Bool[Array, "C"], Float[Array, "C"] | None, tuple[Rows, Int[Array, "T"], Int[Array, ""]]]:
+def best_rows(params: Params, given: Packed, scores: Float[Array, "C"], count: int
+              ) -> tuple[Bool[Array, "C"], Float[Array, "C"] | None, tuple[Rows, Int[Array, "T"], Int[Array, ""]],
+                         Discount | None]:
     """`rank_tokens`, `select_groups` and `choose_rows` as one program: between scoring and recompute there is no other.
+    `given` are a prompt's ids and bounds (see `Prompt.in_slots`), Ranks or None, Best, and what comes out again last.
     """
+    ids, bounds, ranks, best, discount = given.unpacked()
     ranked = None if ranks is None else rank_tokens(scores, ranks, ranks.said(ids, bounds, len(scores)))
     mask = select_groups(scores if ranked is None else ranked, best)
-    return mask, ranked, choose_rows(params, ids, bounds, mask, count)
+    return mask, ranked, choose_rows(params, ids, bounds, mask, count), discount
 
 
 @partial(jax.jit, static_argnames=("cfg", "how", "first"), donate_argnames="x")

@@ -61,7 +61,7 @@ class Request:
 
     def ask_aux(self, scoring: Scoring) -> AskedAux:
         """Send the question to the aux model, its caches behind it. `aux_scores` does so too; who calls this before
-        prepares meanwhile what comes after the scores."""
+        prepares what comes after the scores while these caches are on their way."""
         return self.once(("ask_aux", scoring), lambda: self._ask_aux(scoring))
 
     def aux_lookahead(self, steps: int, pool: int) -> Scores:
@@ -124,8 +124,10 @@ class Request:
     def _aux_scores(self, scoring: Scoring) -> Scores:
         started, feed, asked = self.ask_aux(scoring)
         begun = self.aside(self.primary.begin)
+        if feed is not None and not scoring.further:
+            feed.then(self.primary.release)
         try:
-            scores = question_scores(self.aux, scoring, asked, feed, self.primary.release)
+            scores = question_scores(self.aux, scoring, asked, feed)
         finally:
             begun()
         self.primary.release()  # where scoring sent more until now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import jax
@@ -32,6 +32,9 @@ class LayerFeed(Protocol):
 
     def computed(self, mark: jax.Array) -> None:
         """Hear that the next block was dispatched; `mark` is ready when it's done, and no later program is given it."""
+
+    def then(self, do: Callable[[], None]) -> None:
+        """Call `do`, from any thread, when the last block is on the device."""
 
     def stop(self) -> None:
         """Hear that nothing more will be taken."""
@@ -88,7 +91,7 @@ class Kept:
     """A feed whose blocks stay on the device, so that a second pass over them loads nothing."""
 
     def __init__(self, feed: LayerFeed) -> None:
-        self.blocks, self.where, self.stop = feed.blocks, feed.where, feed.stop
+        self.blocks, self.where, self.then, self.stop = feed.blocks, feed.where, feed.then, feed.stop
         self._feed = feed
         self._rows: list[jax.Array] = []
         self._at = self._computed = 0

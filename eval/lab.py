@@ -6,7 +6,7 @@ samples of a length, since a program takes longer to compile than a thousand ans
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -207,6 +207,10 @@ class ResidentFeed:
     def computed(self, mark: jax.Array) -> None:
         """Nothing waits for it here."""
 
+    def then(self, do: Callable[[], None]) -> None:
+        """At once."""
+        do()
+
     def stop(self) -> None:
         """Nothing runs here."""
 
@@ -214,7 +218,7 @@ class ResidentFeed:
 def _placement(tokens: int, slots: int) -> Placement:
     """Rows in the order of the slots: [2, K, slots, H] a layer."""
     slot = np.arange(slots, dtype=np.int32)
-    return Placement(np.where(slot < tokens, slot, -1), np.full(slots, slots, np.int32))
+    return Placement(np.stack([np.where(slot < tokens, slot, -1), np.full(slots, slots, np.int32)]))
 
 
 def _encoded(model: Model, prompt: Prompt, behind: Behind, slots: int) -> list[Float[Array, "l R H"]]:

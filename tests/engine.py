@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
+from threading import Lock
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,19 +27,30 @@ GROUP = 8
 
 
 class CopyOnHost:
-    """A CUDA stream's part, done by the CPU, whose memory stands for the device's."""
+    """A CUDA stream's part, done by the CPU, whose memory stands for the device's; as late as a GPU may do it."""
 
     def __init__(self, device):
-        pass
+        self._asked: list[tuple[int, ...]] = []
+        self._done = 0
+        self._lock = Lock()
 
     def enter(self):
         pass
 
-    wait = enter
-
     def copy(self, source, source_pitch, target, target_pitch, width, height):
-        for n in range(height):
-            ctypes.memmove(target + n * target_pitch, source + n * source_pitch, width)
+        self._asked += [(target + n * target_pitch, source + n * source_pitch, width) for n in range(height)]
+
+    def mark(self):
+        return SimpleNamespace(reach=partial(self._reach, len(self._asked)))
+
+    def wait(self):
+        self._reach(len(self._asked))
+
+    def _reach(self, end):
+        with self._lock:
+            for asked in self._asked[self._done : end]:
+                ctypes.memmove(*asked)
+            self._done = max(self._done, end)
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, driver: bool) -> None:

@@ -40,6 +40,9 @@ class ResidentFeed:
     def computed(self, mark: jax.Array) -> None:
         mark.block_until_ready()
 
+    def then(self, do) -> None:
+        do()
+
     def stop(self) -> None:
         pass
 

@@ -141,7 +141,7 @@ def test_a_signal_is_computed_once_and_what_it_loaded_serves_what_follows(qwen2,
 
 
 @pytest.mark.parametrize(("share", "expected"), [
-    (0.0, ["question", 0, 1, "primary's caches", "last_span_scores", "primary's caches"]),
+    (0.0, ["question", "primary's caches", 0, 1, "last_span_scores", "primary's caches"]),
     (0.5, ["question", 0, 1, "refine", "primary's caches"]),
 ])
 def test_the_primarys_caches_follow_the_aux_models_and_all_that_scoring_sends(qwen2, monkeypatch, share, expected):

@@ -10,6 +10,7 @@ import numpy as np
 
 from cacheclip_jax.errors import BadInput
 from cacheclip_jax.groups import Grouping, Windows
+from cacheclip_jax.packed import pack
 from cacheclip_jax.plan import Behind, Caches, Discount, Plan, Scores
 from cacheclip_jax.ranking import Ranking, Ranks, rank
 from cacheclip_jax.recompute import best_rows
@@ -53,7 +54,7 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
     """A plan that recomputes the groups which a signal ranks highest, until the budget is spent.
 
     Where that bounds the number of rows, one program goes from the scores to the rows, and what it needs beside them is
-    sent to the device while the signal is computed.
+    sent to the device before the signal is computed.
     """
     side, prompt = request.primary, request.prompt
     most = at_most(prompt.context_tokens, budget, grouping)
@@ -63,14 +64,13 @@ def best(request: Request, signal: Callable[[], Scores], budget: Budget, groupin
         ranked = rank(scores, prompt.chunks, ranking, prompt.question)
         chosen = select_on_device(ranked, prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks)
         return Plan(chosen.mask, scores, dense_layers=dense_layers, discount=discount, ranked=ranked)
-    sent = request.aside(lambda: jax.device_put(
-        (*prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
-         Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount), side.sharding))
+    sent = jax.device_put(pack((
+        *prompt.in_slots(side.slots), Ranks.of(prompt.chunks, ranking, len(prompt.question)),
+        Best.of(prompt.chunk_lengths, budget, grouping, prompt.chunks, heads_of_chunks), discount)), side.sharding)
     scores = signal()
-    ids, bounds, ranks, groups, discount = sent()
     padded = pad_to_bucket(scores, prompt.context_tokens)
     if isinstance(padded, np.ndarray) or padded.sharding != side.sharding:
         padded = jax.device_put(padded, side.sharding)
-    mask, ranked, rows = best_rows(side.model.params.outer, ids, bounds, padded, ranks, groups,
-                                   side.rows(most + len(prompt.question), "repair"))
+    mask, ranked, rows, discount = best_rows(side.model.params.outer, sent, padded,
+                                             side.rows(most + len(prompt.question), "repair"))
     return Plan(mask, scores, most, dense_layers, discount=discount, rows=rows, ranked=ranked)

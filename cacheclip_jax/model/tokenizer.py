@@ -54,6 +54,11 @@ class Encoded:
         return np.unique(np.concatenate([[0], np.searchsorted(starts, begins)]))
 
     @functools.cached_property
+    def sentence_lengths(self) -> Int[np.ndarray, "M"]:
+        """Tokens of each sentence."""
+        return np.diff(self.sentence_starts, append=len(self.ids))
+
+    @functools.cached_property
     def formatting(self) -> Bool[np.ndarray, "C"]:
         """Which tokens have neither a letter nor a digit: white space, line ends, punctuation, symbols."""
         marks = np.zeros(len(self.text) + 1, np.int64)
