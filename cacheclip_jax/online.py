@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.alone import alone_span
-from cacheclip_jax.assemble import KVCache
+from cacheclip_jax.assemble import KVCache, Placement
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.model import decoder
@@ -74,6 +74,7 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
     if isinstance(plan.recompute, np.ndarray):
         wanted = [not m.all() for m in np.split(plan.recompute, np.cumsum(prompt.chunk_lengths)[:-1])]
     feed = request.feed(behind, wanted)
+    where = jax.device_put(feed.where, side.sharding)
     at, end = None, np.int32(len(prompt.ids))
     tail = Tail(end, end)
     if plan.reshape is not None:
@@ -94,7 +95,7 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
     for number, block in enumerate(feed.blocks):
         rows = feed.take(number)
         for part in _programs(range(max(block.start, len(done)), block.stop), ahead=number == 0):
-            span = (x, model.params.layers[part.start : part.stop], cfg, slots, rows, feed.where, how,
+            span = (x, model.params.layers[part.start : part.stop], cfg, slots, rows, where, how,
                     part.start - block.start, at, tail.context, plan.discount)
             if part.stop < cfg.num_layers:
                 x, layers = reuse_span(*span)
@@ -208,6 +209,7 @@ class Asked(NamedTuple):
     ids: Int[Any, "T"]
     positions: Int[Any, "T"]
     known: Int[Any, "..."]  # index of the last row; of a question read alone, where context and question begin
+    where: Placement | None  # of the slots' rows in the chunk caches
     total: Float[Any, "S"]  # attention to each slot so far
     weights: list[Float[Any, "B N"] | None]  # of each block's heads
     count: Float[Any, ""]  # of scored layers
@@ -235,13 +237,14 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
     weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
     total, count, prefix = _constants(side.slots, len(scoring.layer_indices(cfg.num_layers)), len(prompt.prefix),
                                       side.sharding)
-    sent = jax.device_put(pack((*padded(read, positions, side.rows(len(read), "question")), known,
-                                [None if weights is None else weights[b.start : b.stop] for b in blocks])),
-                          side.sharding)
+    sent, where = jax.device_put(
+        (pack((*padded(read, positions, side.rows(len(read), "question")), known,
+               [None if weights is None else weights[b.start : b.stop] for b in blocks])),
+         None if feed is None else feed.where), side.sharding)
     side.release()
     # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
     embedded, ids, positions, known, given = embed_question(model.asking.outer, sent)
-    return Asked(ids, positions, known, total, given, count, prefix, embedded)
+    return Asked(ids, positions, known, where, total, given, count, prefix, embedded)
 
 
 @jax.jit
@@ -271,12 +274,11 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
         x, scores, cache = embed_and_score(params, cfg, scoring, *asked.rows, cache, how, weights)
         kept = list(zip(cache.k, cache.v, strict=True))
     else:
-        x, total, kept = asked.embedded, asked.total, []
+        x, total, kept, key = asked.embedded, asked.total, [], scoring.span_key
         for number, block in enumerate(up_to(feed.blocks, depth)):
             rows = feed.take(number)
-            given = (x, params.layers[block.start : block.stop], cfg, scoring.span_key,
-                     tuple(layer in wanted for layer in block), asked.positions, asked.known, rows, feed.where, total,
-                     how)
+            given = (x, params.layers[block.start : block.stop], cfg, key, tuple(layer in wanted for layer in block),
+                     asked.positions, asked.known, rows, asked.where, total, how)
             if scoring.context == "alone":
                 x, total = alone_span(*given)
             elif scoring.further or block.stop < depth:

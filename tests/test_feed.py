@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from threading import Event
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacheclip_jax import CacheClip, ChunkStore, Passage, copies, pages, request
+from cacheclip_jax import CacheClip, ChunkStore, Passage, copies, online, pages, request
 from cacheclip_jax.caches import Fetched
 from cacheclip_jax.clock import Clock
 from cacheclip_jax.errors import StoreError
@@ -115,6 +115,19 @@ def test_what_lies_on_the_device_is_read_from_nowhere_else(models, store, monkey
     assert max_diff(prefilled(clip, TEXTS).logits, first.logits) == 0
     with pytest.raises(StoreError, match="nothing may be read"):
         prefilled(clip, [*TEXTS, "the dog sat on another mat"])
+
+
+@pytest.mark.parametrize("method", ["cacheclip", "naive"])
+def test_the_first_block_is_launched_in_smaller_programs_that_change_nothing(models, store, method, monkeypatch):
+    expected = CacheClip(*models, store).prefill(QUESTION, TEXTS, method=method)
+    monkeypatch.setattr(online, "SPAN", 1)
+    launched, span = [], online.reuse_span
+    monkeypatch.setattr(online, "reuse_span", lambda *args: launched.append(len(args[1])) or span(*args))
+    got = CacheClip(*models, store).prefill(QUESTION, TEXTS, method=method)
+    assert launched[:1] == [1]  # of a block of two
+    assert max_diff(got.logits, expected.logits) < 1e-5
+    for a, b in zip(stacked(got.cache), stacked(expected.cache), strict=True):
+        assert max_diff(a, b) < 1e-5
 
 
 def test_a_buffer_is_lent_to_one_request_at_a_time_and_few_sizes_are_kept(models):
@@ -270,6 +283,55 @@ def test_nothing_is_copied_before_a_release_or_the_first_take(loading):
     assert not sent.blocks
     loader.release()
     assert loader.take(0) == 0 and sent.blocks[0] == 0
+
+
+def test_a_mark_is_reached_when_the_driver_says_so_and_what_it_refuses_is_named(monkeypatch):
+    called, codes = [], {}
+
+    class Driver:
+        def __getattr__(self, name):
+            return lambda *args: called.append(name) or codes.get(name, 0)
+
+    monkeypatch.setattr(copies, "driver", lambda keep_lock=False: Driver())
+    mark = copies.Stream(SimpleNamespace(local_hardware_id=0)).mark()
+    assert called[-2:] == ["cuEventCreate", "cuEventRecord"]
+    mark.reach()
+    assert called[-2:] == ["cuCtxSetCurrent", "cuEventSynchronize"]
+    codes["cuEventSynchronize"] = 700
+    with pytest.raises(RuntimeError, match="says 700 to cuEventSynchronize"):
+        mark.reach()
+    del mark
+    assert called[-1] == "cuEventDestroy_v2"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_follows_a_feed_is_done_when_its_last_copy_is_there(copied):
+    there, done = Event(), Event()
+
+    class Slow(Sent):
+        def finish(self):
+            assert there.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        loader = BlockLoader(pool, Slow(), [], 3, 3, lambda index, error: None)
+        loader.release()
+        assert loader.take(2) == 2
+        if copied:
+            there.set()
+            wait([loader._copied], 10)
+        loader.then(done.set)
+        assert done.is_set() == copied
+        there.set()
+        assert done.wait(10)
+        loader.stop()
+
+
+def test_nothing_follows_a_feed_that_was_stopped(loading):
+    loader, _ = loading
+    done = Event()
+    loader.then(done.set)
+    loader.stop()
+    assert not done.wait(0.05)
 
 
 @pytest.mark.parametrize("first", ["release", "begin"])
