@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Sharding
 
-from cacheclip_jax.copies import Mark, RowBuffers
+from cacheclip_jax.copies import RowBuffers
 from cacheclip_jax.errors import ChunkCorrupt
 from cacheclip_jax.pages import HostChunk
 from cacheclip_jax.reading import Reading
@@ -64,17 +64,14 @@ class RowCopies:
     def __init__(self, buffers: RowBuffers, size: int, ahead: int, offsets: Sequence[int], rows: Sequence[int]):
         self._buffers, self._offsets, self._rows = buffers, offsets, rows
         self._ring = buffers.borrow(size, ahead)
-        self._under_way: deque[Mark] = deque()
 
     def send(self, number: int, chunks: Sequence[HostChunk]) -> Callable[[], jax.Array]:
-        """Start to copy a block's rows when all but one of those before are there: the bus always has work, and a call
-        that asks for copies, which holds Python's lock, doesn't follow another at once."""
+        """Start to copy a block's rows when the block before is there: a call that asks for a copy holds Python's lock,
+        which the request's own thread wants too."""
         self._buffers.stream.enter()
-        if len(self._under_way) == 2:
-            self._under_way.popleft().reach()
+        self._buffers.stream.wait()
         buffer = self._ring[number % len(self._ring)]
         copied = self._buffers.fill(buffer, number, chunks, self._offsets, self._rows)
-        self._under_way.append(copied)
 
         def arrived() -> jax.Array:
             copied.reach()
