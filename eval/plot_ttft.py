@@ -20,10 +20,10 @@ from matplotlib import pyplot as plt
 _STYLE = {"device": "-", "pinned": "--", "disk": ":"}
 
 
-def newest(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """A model's rows, of those that measured the same cell the last with a speed-up."""
+def newest(rows: list[dict[str, Any]], model: str, device: str) -> list[dict[str, Any]]:
+    """A model's rows on a kind of device, of those that measured the same cell the last with a speed-up."""
     return list({(r["context"], r["method"], r["ratio"], r["caches"], r["aux"]): r for r in rows
-                 if r["model"] == model and "speedup" in r}.values())
+                 if (r["model"], r["device"]) == (model, device) and "speedup" in r}.values())
 
 
 def draw(rows: list[dict[str, Any]], axes: Axes) -> None:
@@ -53,18 +53,21 @@ def main() -> None:
     arguments.add_argument("results", type=Path)
     arguments.add_argument("picture", type=Path)
     arguments.add_argument("--model", help="whose rows are drawn, of each cell the last; the first row's by default")
+    arguments.add_argument("--device", help="which rows of that model; its first row's by default")
     args = arguments.parse_args()
     measured = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
     models = list(dict.fromkeys(r["model"] for r in measured))
     model = args.model or next(iter(models), "")
-    rows = newest(measured, model)
+    devices = list(dict.fromkeys(r["device"] for r in measured if r["model"] == model))
+    device = args.device or next(iter(devices), "")
+    rows = newest(measured, model, device)
     if not rows:
-        arguments.error(f"{args.results} has no speed-ups of {model or 'any model'}: "
-                        f"its models are {', '.join(models) or 'none'}")
+        arguments.error(f"{args.results} has no speed-ups of {model or 'any model'} on {device or 'any device'}: its "
+                        f"models are {', '.join(models) or 'none'}, this one's devices {', '.join(devices) or 'none'}")
     figure, axes = plt.subplots(figsize=(8, 5))
     draw(rows, axes)
     dates = sorted({r["date"] for r in rows})
-    axes.set_title(f"{model} on {rows[0]['device']}, {dates[0]} to {dates[-1]}")
+    axes.set_title(f"{model} on {device}, {dates[0]} to {dates[-1]}")
     figure.savefig(args.picture, bbox_inches="tight")
 
 
