@@ -33,10 +33,9 @@ def quantize(kind: Kind, layer: Float[np.ndarray, "2 K C H"]) -> UInt8[np.ndarra
     scale = np.maximum((high - low) / _LARGEST[kind], np.finfo(np.float32).tiny)
     x -= centre
     x /= scale
-    if kind == "int8":
-        codes = np.rint(x).astype(np.int8)
-    else:
-        codes = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    # A centre rounded away from the middle of a narrow range leaves more than the largest code, and int8 wraps around.
+    np.clip(x, -_LARGEST[kind], _LARGEST[kind], out=x)
+    codes = np.rint(x).astype(np.int8) if kind == "int8" else x.astype(ml_dtypes.float8_e4m3fn)
     return np.concatenate([a.reshape(-1).view(np.uint8) for a in (scale, centre, codes)])
 
 
