@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cacheclip_jax.assemble import placement
+from cacheclip_jax.assemble import Placement, placement
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.caches import Behind, ChunkCaches, DeviceChunk, Fetched
 from cacheclip_jax.clock import Clock
@@ -60,8 +60,7 @@ class Feed:
             sizes, total = [layout.token_rows * n for n in here], layout.token_rows * bucket(sum(here), 256, steps=32)
         offsets = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
         starts = [at if n else -1 for at, n in zip(offsets, here, strict=True)]
-        self.where = placement(cfg, slots, tokens, starts)
-        self._sharding = sharding
+        self.where: Placement = jax.device_put(placement(cfg, slots, tokens, starts), sharding)
         if self._loaded:
             found = caches.fetch(passages, behind, clock, load)
             accounting.absorb(found)
@@ -78,10 +77,6 @@ class Feed:
             self._loader = BlockLoader(
                 pool, copier, sources, len(self.blocks), ahead,
                 repair=lambda i, e: caches.repair(passages, behind, accounting, parts[i] - 1, e))
-
-    def send(self) -> None:
-        """Send to the device, ahead of its use, where each slot's rows lie."""
-        self.where = jax.device_put(self.where, self._sharding)
 
     def release(self) -> None:
         """Let copies to the device begin; see BlockLoader."""

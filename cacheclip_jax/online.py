@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from cacheclip_jax.alone import alone_span
-from cacheclip_jax.assemble import KVCache, Placement
+from cacheclip_jax.assemble import KVCache
 from cacheclip_jax.bucket import bucket
 from cacheclip_jax.errors import ContextTooLong
 from cacheclip_jax.model import decoder
@@ -74,7 +74,6 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
     if isinstance(plan.recompute, np.ndarray):
         wanted = [not m.all() for m in np.split(plan.recompute, np.cumsum(prompt.chunk_lengths)[:-1])]
     feed = request.feed(behind, wanted)
-    where = jax.device_put(feed.where, side.sharding)
     at, end = None, np.int32(len(prompt.ids))
     tail = Tail(end, end)
     if plan.reshape is not None:
@@ -94,10 +93,13 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
             logits = last_logits(model.params.outer, cfg, x, last)
     for number, block in enumerate(feed.blocks):
         rows = feed.take(number)
-        for part in _programs(range(max(block.start, len(done)), block.stop), ahead=number == 0):
-            span = (x, model.params.layers[part.start : part.stop], cfg, slots, rows, where, how,
-                    part.start - block.start, at, tail.context, plan.discount)
-            if part.stop < cfg.num_layers:
+        # The device has nothing to do until the first block's program is launched: launching a smaller one takes less.
+        size = SPAN if number == 0 else len(block)
+        for start in range(max(block.start, len(done)), block.stop, size):
+            stop = min(start + size, block.stop)
+            span = (x, model.params.layers[start:stop], cfg, slots, rows, feed.where, how, start - block.start, at,
+                    tail.context, plan.discount)
+            if stop < cfg.num_layers:
                 x, layers = reuse_span(*span)
             else:
                 logits, layers = last_reuse_span(model.params.outer, last, *span)
@@ -109,14 +111,6 @@ def _repair(request: Request, plan: Plan, behind: Behind) -> Repaired:
     if plan.discount is not None:
         tail = Tail(end, end, bias_of(plan.discount, slots, side.slots))
     return Repaired(logits, KVCache(*zip(*done, strict=True)), tail)
-
-
-def _programs(layers: range, ahead: bool) -> list[range]:
-    """The layers of a block by program: all in one, or, where the device has nothing to do until it is launched, SPAN
-    of them `ahead` of the others."""
-    if not ahead:
-        return [layers] if layers else []
-    return [layers[first : first + SPAN] for first in range(0, len(layers), SPAN)]
 
 
 def _prefill_kept(side: Side, plan: Plan) -> Repaired:
@@ -209,7 +203,6 @@ class Asked(NamedTuple):
     ids: Int[Any, "T"]
     positions: Int[Any, "T"]
     known: Int[Any, "..."]  # index of the last row; of a question read alone, where context and question begin
-    where: Placement | None  # of the slots' rows in the chunk caches
     total: Float[Any, "S"]  # attention to each slot so far
     weights: list[Float[Any, "B N"] | None]  # of each block's heads
     count: Float[Any, ""]  # of scored layers
@@ -237,14 +230,13 @@ def ask(side: Side, scoring: Scoring, feed: LayerFeed | None) -> Asked:
     weights, blocks = scoring.weights(cfg), [] if feed is None else feed.blocks
     total, count, prefix = _constants(side.slots, len(scoring.layer_indices(cfg.num_layers)), len(prompt.prefix),
                                       side.sharding)
-    sent, where = jax.device_put(
-        (pack((*padded(read, positions, side.rows(len(read), "question")), known,
-               [None if weights is None else weights[b.start : b.stop] for b in blocks])),
-         None if feed is None else feed.where), side.sharding)
+    sent = jax.device_put(pack((*padded(read, positions, side.rows(len(read), "question")), known,
+                                [None if weights is None else weights[b.start : b.stop] for b in blocks])),
+                          side.sharding)
     side.release()
     # Embedded right here: a call of a program lets go of Python's lock, which the thread that copies is waiting for.
     embedded, ids, positions, known, given = embed_question(model.asking.outer, sent)
-    return Asked(ids, positions, known, where, total, given, count, prefix, embedded)
+    return Asked(ids, positions, known, total, given, count, prefix, embedded)
 
 
 @jax.jit
@@ -278,7 +270,7 @@ def question_scores(side: Side, scoring: Scoring, asked: Asked, feed: LayerFeed 
         for number, block in enumerate(up_to(feed.blocks, depth)):
             rows = feed.take(number)
             given = (x, params.layers[block.start : block.stop], cfg, key, tuple(layer in wanted for layer in block),
-                     asked.positions, asked.known, rows, asked.where, total, how)
+                     asked.positions, asked.known, rows, feed.where, total, how)
             if scoring.context == "alone":
                 x, total = alone_span(*given)
             elif scoring.further or block.stop < depth:

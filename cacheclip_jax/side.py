@@ -25,8 +25,7 @@ class LayerFeed(Protocol):
     def blocks(self) -> Sequence[range]: ...
 
     @property
-    def where(self) -> Placement:
-        """On the device, or on the host still."""
+    def where(self) -> Placement: ...
 
     def take(self, number: int) -> jax.Array:
         """The rows [B, R, H] of the layers `blocks[number]`; blocks are taken in order."""

@@ -52,7 +52,6 @@ class StoreSide:
         """Start to load all layers of what is reused."""
         if self._reuses is not None and not self._feeds:
             self._begun = self._load(self._reuses, self.model.config.num_layers, None)
-            self._begun.send()
 
     def release(self) -> None:
         """Let copies of every feed begin, also of one that is begun only now."""

@@ -215,11 +215,10 @@ def measure(bench: Bench, clip: CacheClip, cell: Cell, rate: float) -> dict[str,
     flops = (cfg.num_layers - 1) * (2 * matrices * len(positions) + attention) + 2 * last * len(positions)
     ttft = [r.times.ttft for r in results]
     median = statistics.median(ttft)
-    each = {s: [1e3 * getattr(r.times, s) for r in results] for s in STAGES}
-    each = {"ttft": [1e3 * t for t in ttft]} | {s: t for s, t in each.items() if any(t)}
+    each = {s: [1e3 * getattr(r.times, s) for r in results] for s in ("ttft", *STAGES)}
     return {"ttft_ms": 1e3 * median, "ttft_min_ms": 1e3 * min(ttft), "ttft_max_ms": 1e3 * max(ttft),
-            "stages": {s: statistics.median(t) for s, t in each.items() if s != "ttft"},
-            "each": {s: [round(x, 2) for x in t] for s, t in each.items()}, "floor_ms": 1e3 * flops / rate,
+            "stages": {s: statistics.median(t) for s, t in each.items() if s != "ttft" and any(t)},
+            "each": {s: [round(x, 2) for x in t] for s, t in each.items() if any(t)}, "floor_ms": 1e3 * flops / rate,
             "tflops": flops / median / 1e12, "share_of_floor": flops / rate / median, "rows": len(positions),
             "prompt_tokens": prompt, "realised_ratio": r.realised_ratio, "aux_scoring": scoring if cell.aux else None,
             "attention": bench.primary.attention.name, "peak_bytes": memory("peak_bytes_in_use"),
