@@ -28,13 +28,14 @@ def same(a, b) -> bool:
 def test_weights_arrive_unchanged_under_their_fields(tmp_path, shards):
     w = weights(QWEN2)
     params = load_model(write_directory(tmp_path, QWEN2, w, shards), dtype=jnp.float32).params
-    names = {"o": "self_attn.o_proj.weight",
-             "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
+    names = {"o": "self_attn.o_proj.weight", "down": "mlp.down_proj.weight",
              "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight"}
     for field, name in names.items():
         for i, layer in enumerate(params.layers):
             np.testing.assert_array_equal(getattr(layer, field), w[f"model.layers.{i}.{name}"])
     for i, layer in enumerate(params.layers):
+        for part, ours in zip(("gate", "up"), layer.gate_up, strict=True):
+            np.testing.assert_array_equal(ours, w[f"model.layers.{i}.mlp.{part}_proj.weight"])
         for kind, ours in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
             for part, theirs in by_part(ours, HEADS, KV_HEADS, H).items():
                 np.testing.assert_array_equal(theirs, w[f"model.layers.{i}.self_attn.{part}_proj.{kind}"])

@@ -16,8 +16,8 @@ devices = np.array(jax.devices("cpu")[:2])
 assert len(devices) == 2
 alone = init(jax.random.key(7), cfg)
 split = init(jax.random.key(7), cfg, mesh=jax.make_mesh((2,), ("model",), devices=devices))
-assert split.layers[0].gate.sharding.spec[0] == "model" and len(split.layers[0].gate.addressable_shards) == 2
-assert np.array_equal(np.asarray(alone.layers[0].gate), np.asarray(split.layers[0].gate))
+assert split.layers[0].gate_up.sharding.spec[1] == "model" and len(split.layers[0].gate_up.addressable_shards) == 2
+assert np.array_equal(np.asarray(alone.layers[0].gate_up), np.asarray(split.layers[0].gate_up))
 prefix, *chunks, question = random_prompt(cfg)
 positions = np.concatenate([[7, 8, 40, 41], np.arange(76, 85)])
 ids = np.concatenate([prefix, *chunks, question])

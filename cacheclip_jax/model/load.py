@@ -33,9 +33,8 @@ from cacheclip_jax.model.tokenizer import Tokenizer
 _TOP = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
-    "o": "self_attn.o_proj.weight", "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight", "o_bias": "self_attn.o_proj.bias", "gate_bias": "mlp.gate_proj.bias",
-    "up_bias": "mlp.up_proj.bias", "down_bias": "mlp.down_proj.bias",
+    "o": "self_attn.o_proj.weight", "down": "mlp.down_proj.weight",
+    "o_bias": "self_attn.o_proj.bias", "down_bias": "mlp.down_proj.bias",
     "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight",
 }
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
@@ -171,9 +170,10 @@ def _matched(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> 
     """The tensors that the model needs; all that is missing, misshapen or left over in one BadModelFile."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree.leaves_with_path(abstract(config, np.float32)):
-        for piece in _pieces(path, config, leaf.shape[0]):
+        for piece in _pieces(path, config, leaf.shape):
             rows = expected.get(piece.name, (0,))[0]
-            expected[piece.name] = (rows + piece.rows, *leaf.shape[1:])
+            others = leaf.shape[1:] if piece.part is None else leaf.shape[2:]
+            expected[piece.name] = (rows + piece.rows, *others)
     extra = [name for name in tensors if name not in expected and not _HARMLESS.fullmatch(name)]
     if config.tied and _TOP["head"] in extra:
         extra.remove(_TOP["head"])
@@ -194,23 +194,28 @@ def _matched(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of a checkpoint's tensor, and where in a leaf they go."""
+    """Rows of a checkpoint's tensor, and where in a leaf they go; in a leaf of several matrices, in which `part`."""
 
     name: str
     source: int
     target: int
     rows: int
+    part: int | None = None
 
 
-def _pieces(path: tuple, config: ModelConfig, rows: int) -> list[_Piece]:
-    """What a leaf of Params is made of: one tensor, or for `qkv` the rows of three, kv head by kv head."""
+def _pieces(path: tuple, config: ModelConfig, shape: tuple[int, ...]) -> list[_Piece]:
+    """What a leaf of Params is made of: one tensor, for `gate_up` two, or for `qkv` the rows of three, kv head by kv
+    head."""
     field = path[-1].name
     if path[0].name != "layers":
-        return [_Piece(_TOP[field], 0, 0, rows)]
+        return [_Piece(_TOP[field], 0, 0, shape[0])]
     layer = f"model.layers.{path[1].idx}"
+    kind = "bias" if field.endswith("bias") else "weight"
+    if field.startswith("gate_up"):
+        return [_Piece(f"{layer}.mlp.{name}_proj.{kind}", 0, 0, shape[1], part)
+                for part, name in enumerate(("gate", "up"))]
     if not field.startswith("qkv"):
-        return [_Piece(f"{layer}.{_LAYER[field]}", 0, 0, rows)]
-    kind = "bias" if field == "qkv_bias" else "weight"
+        return [_Piece(f"{layer}.{_LAYER[field]}", 0, 0, shape[0])]
     groups, H = config.num_heads // config.num_kv_heads, config.head_dim
     out = []
     for head in range(config.num_kv_heads):
@@ -227,13 +232,17 @@ def _read_params(tensors: Mapping[str, Tensor], config: ModelConfig, dtype: Any,
     def read(path: tuple, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
         extents = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
         out = np.empty([len(e) for e in extents], leaf.dtype)
-        first, end = extents[0].start, extents[0].stop
-        for piece in _pieces(path, config, leaf.shape[0]):
-            low, high = max(piece.target, first), min(piece.target + piece.rows, end)
+        for piece in _pieces(path, config, leaf.shape):
+            part, rows, others = out, extents[0], index[1:]
+            if piece.part is not None:
+                if piece.part not in extents[0]:
+                    continue
+                part, rows, others = out[piece.part - extents[0].start], extents[1], index[2:]
+            low, high = max(piece.target, rows.start), min(piece.target + piece.rows, rows.stop)
             if low < high:
                 shift = piece.source - piece.target
-                tensors[piece.name].fill(out[low - first : high - first],
-                                         (slice(low + shift, high + shift), *index[1:]))
+                tensors[piece.name].fill(part[low - rows.start : high - rows.start],
+                                         (slice(low + shift, high + shift), *others))
         return out
 
     def make(path_and_leaf: tuple) -> jax.Array:

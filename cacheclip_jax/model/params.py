@@ -20,19 +20,18 @@ class Layer:
 
     `qkv` holds the rows of each kv head together: its G query heads, then its key, then its value. One product for the
     three is a third faster than three for a few hundred rows, and splitting kv heads over devices keeps groups whole.
+    `gate_up` holds the MLP's gate and up matrices, one product as well; each is split over devices.
     """
 
     attn_norm: Any  # [D]
     qkv: Any  # [K*(G+2)*H, D]
     o: Any  # [D, N*H]
     mlp_norm: Any  # [D]
-    gate: Any  # [F, D]
-    up: Any  # [F, D]
+    gate_up: Any  # [2, F, D]
     down: Any  # [D, F]
     qkv_bias: Any = None  # [K*(G+2)*H]
     o_bias: Any = None
-    gate_bias: Any = None
-    up_bias: Any = None
+    gate_up_bias: Any = None  # [2, F]
     down_bias: Any = None
     q_norm: Any = None  # [H]
     k_norm: Any = None
@@ -80,16 +79,15 @@ def abstract(cfg: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
     model, none, split = (D, None), None, "model" if divisible else None
-    qkv, mlp = (QKV, split), (F, "model")
+    qkv, two, mlp = (QKV, split), (2, None), (F, "model")
     layer = Layer(
         attn_norm=arr(model),
         qkv=arr(qkv, model), o=arr(model, (NH, split)),
         mlp_norm=arr(model),
-        gate=arr(mlp, model), up=arr(mlp, model), down=arr(model, mlp),
+        gate_up=arr(two, mlp, model), down=arr(model, mlp),
         qkv_bias=arr(qkv) if cfg.qkv_bias else none,
         o_bias=arr(model) if cfg.out_bias else none,
-        gate_bias=arr(mlp) if cfg.mlp_bias else none,
-        up_bias=arr(mlp) if cfg.mlp_bias else none,
+        gate_up_bias=arr(two, mlp) if cfg.mlp_bias else none,
         down_bias=arr(model) if cfg.mlp_bias else none,
         q_norm=arr((H, None)) if cfg.qk_norm else none,
         k_norm=arr((H, None)) if cfg.qk_norm else none,
