@@ -233,14 +233,14 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool
         def scores(i):
             def product(s_ref):
                 plgpu.wgmma(s_ref, q, smem.k.at[stage_of(i)].transpose((1, 0)))
+                bias = plgpu.load(smem.bias.at[stage_of(i)], layout=per_slot) if biased else None  # while that runs
                 take_turns()
-                return s_ref[...]
+                return s_ref[...], bias
 
-            s = pl.run_scoped(product, plgpu.ACC((M, slots), jnp.float32))
+            s, bias = pl.run_scoped(product, plgpu.ACC((M, slots), jnp.float32))
             if biased:
-                bias = plgpu.load(smem.bias.at[stage_of(i)], layout=per_slot)
                 s = s * log2_scale + lax.broadcast_in_dim(bias, s.shape, [1])
-                plgpu.commit_smem()  # orders this read before the copy that uses the stage next
+                plgpu.commit_smem()  # orders the read before the copy that uses the stage next
             plgpu.barrier_arrive(smem.k_used.at[stage_of(i)])
             return s
 
