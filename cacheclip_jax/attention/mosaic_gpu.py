@@ -125,13 +125,13 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
 
     tiles = -(-T * G // blocks.tile)
     q = q.reshape(T, K, G, H).transpose(1, 0, 2, 3).reshape(K, T * G, H)
-    q = jnp.pad(q, ((0, 0), (0, tiles * blocks.tile - T * G), (0, 0)))
+    q = jnp.pad(q, ((0, 0), (0, -(T * G) % _TILING[0]), (0, 0)))  # copies of what is outside it are cut
     pos = jnp.pad(jnp.repeat(positions.astype(jnp.int32), G), (0, tiles * blocks.tile - T * G), constant_values=-1)
     steps = jnp.maximum(pos.reshape(tiles, -1).max(1), 0) // blocks.slots + 1  # a tile of padding rows takes 1
     by_group = pos.reshape(tiles, blocks.consumers, -1)
     first = jnp.where(by_group < 0, S, by_group).min(2)
     full = jnp.minimum((first + 1) // blocks.slots, steps[:, None]).reshape(-1)
-    out, lse = _kernel(K, tiles, H, q.dtype, blocks, bool(added), interpretable)(q, k, v, pos, steps, full, *added)
+    out, lse = _kernel(K, tiles, q.shape[1], H, q.dtype, blocks, bool(added), interpretable)(q, k, v, pos, steps, full, *added)
     if lse is not None:
         out = _combine(*(x.reshape(blocks.splits, K, *x.shape[1:]) for x in (out, lse)))
     return out[:, : T * G].reshape(K, T, G, H).transpose(1, 0, 2, 3).reshape(T, N, H)
@@ -161,8 +161,8 @@ class _Scratch(NamedTuple):
     turn: Any
 
 
-def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool, interpretable: bool):
-    """The kernel from folded rows [K, tiles * tile, H] and each tile's blocks to folded outputs; `biased` adds a number
+def _kernel(K: int, tiles: int, T: int, H: int, dtype: Any, blocks: Blocks, biased: bool, interpretable: bool):
+    """The kernel from T folded rows [K, T, H] and each tile's blocks to folded outputs; `biased` adds a number
     for each slot, in units of log 2. With splits it has outputs [splits * K, ...] and the log 2 of each row's sum in a
     part, else None for these."""
     M, slots, stages, consumers = blocks.rows_per_group, blocks.slots, blocks.stages, blocks.consumers
@@ -319,7 +319,7 @@ def _kernel(K: int, tiles: int, H: int, dtype: Any, blocks: Blocks, biased: bool
     ring = plgpu.SMEM((stages, slots, H), dtype, transforms=layout)
     filled = plgpu.Barrier(num_barriers=stages)
     used = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
-    out = jax.ShapeDtypeStruct((splits * K, tiles * blocks.tile, H), dtype)
+    out = jax.ShapeDtypeStruct((splits * K, T, H), dtype)
     return plgpu.kernel(
         body, out_type=(out, jax.ShapeDtypeStruct(out.shape[:2], jnp.float32) if splits > 1 else None),
         grid=(tiles, splits * K), grid_names=("tile", "head"), num_threads=consumers + 1, thread_name="warpgroup",
