@@ -125,13 +125,15 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
 
     tiles = -(-T * G // blocks.tile)
     q = q.reshape(T, K, G, H).transpose(1, 0, 2, 3).reshape(K, T * G, H)
-    q = jnp.pad(q, ((0, 0), (0, -(T * G) % _TILING[0]), (0, 0)))  # copies of what is outside it are cut
+    missing = max(blocks.rows_per_group - T * G, -(T * G) % _TILING[0])  # not up to a tile: copies are cut at the end
+    q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
     pos = jnp.pad(jnp.repeat(positions.astype(jnp.int32), G), (0, tiles * blocks.tile - T * G), constant_values=-1)
     steps = jnp.maximum(pos.reshape(tiles, -1).max(1), 0) // blocks.slots + 1  # a tile of padding rows takes 1
     by_group = pos.reshape(tiles, blocks.consumers, -1)
     first = jnp.where(by_group < 0, S, by_group).min(2)
     full = jnp.minimum((first + 1) // blocks.slots, steps[:, None]).reshape(-1)
-    out, lse = _kernel(K, tiles, q.shape[1], H, q.dtype, blocks, bool(added), interpretable)(q, k, v, pos, steps, full, *added)
+    kernel = _kernel(K, tiles, q.shape[1], H, q.dtype, blocks, bool(added), interpretable)
+    out, lse = kernel(q, k, v, pos, steps, full, *added)
     if lse is not None:
         out = _combine(*(x.reshape(blocks.splits, K, *x.shape[1:]) for x in (out, lse)))
     return out[:, : T * G].reshape(K, T, G, H).transpose(1, 0, 2, 3).reshape(T, N, H)
@@ -162,9 +164,9 @@ class _Scratch(NamedTuple):
 
 
 def _kernel(K: int, tiles: int, T: int, H: int, dtype: Any, blocks: Blocks, biased: bool, interpretable: bool):
-    """The kernel from T folded rows [K, T, H] and each tile's blocks to folded outputs; `biased` adds a number
-    for each slot, in units of log 2. With splits it has outputs [splits * K, ...] and the log 2 of each row's sum in a
-    part, else None for these."""
+    """The kernel from T folded rows [K, T, H] and each tile's blocks to folded outputs; `biased` adds a number for each
+    slot, in units of log 2. With splits it has outputs [splits * K, ...] and the log 2 of each row's sum in a part,
+    else None for these."""
     M, slots, stages, consumers = blocks.rows_per_group, blocks.slots, blocks.stages, blocks.consumers
     splits = blocks.splits
     log2_scale = H**-0.5 * _LOG2_E
