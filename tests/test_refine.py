@@ -80,12 +80,13 @@ def test_a_second_pass_scores_over_the_cache_that_the_aux_repaired(qwen2, look_a
     cfg, params = qwen2
     parts = random_prompt(cfg, PARTS)
     prefix, *chunks, question = parts
-    scoring = Scoring(second_pass=0.6, look_ahead=look_ahead_tokens)
+    # More than the first chunk's tokens, whose caches are those of a full prefill already.
+    scoring = Scoring(second_pass=0.8, look_ahead=look_ahead_tokens)
     asked, (x, scores, cache) = first_pass(params, cfg, parts, scoring)
     first = np.asarray(scores)
     refined = refine(side_of(params, cfg, parts), scoring, tuple(asked), x, scores, cache)
 
-    mask = select(first[5:55], [30, 20], Budget(ratio=0.6))
+    mask = select(first[5:55], [30, 20], Budget(ratio=0.8))
     chosen = 5 + np.flatnonzero(mask)
     _, repaired = rows(params, cfg, np.concatenate(parts)[chosen], chosen, assembled(params, cfg, prefix, chunks, 128))
     again = scores_over(params, cfg, scoring, *asked, repaired)
