@@ -1,9 +1,11 @@
 """The invariants of assembly and recompute, on a tiny random model of every family."""
 
+import jax
 import numpy as np
 import pytest
 
 from cacheclip_jax.assemble import empty
+from cacheclip_jax.model import decoder
 from cacheclip_jax.model.params import init
 from tests.conftest import TINY, assembled, full_prefill, max_diff, random_prompt, rows, stacked
 
@@ -119,3 +121,12 @@ def test_in_bfloat16_ratio_one_is_as_near_to_full_prefill_as_a_prefill_in_anothe
     logits, _ = repaired(params, cfg, prefix, chunks, question, everything)
     assert max_diff(logits, expected) <= 2 * noise + 1e-3
     assert max_diff(exact.embed, params.embed) > 0
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_layer_copies_none_of_its_matrices(count):
+    cfg = TINY["qwen2"]
+    layer = init(jax.random.key(0), cfg).layers[0]
+    x, attended = np.zeros((count, cfg.d_model), np.float32), np.zeros((count, cfg.num_heads, cfg.head_dim), np.float32)
+    compiled = jax.jit(decoder.finish, static_argnames="cfg").lower(x, attended, layer, cfg).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < layer.gate_up.nbytes
