@@ -119,14 +119,13 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     if (need := blocks.smem(H, interpretable, bias is not None)) > SMEM:
         raise ValueError(f"{blocks} needs {need} bytes of shared memory at head dim {H}, over {SMEM}: "
                          "take fewer stages, slots or consumers")
-    if missing := max(blocks.slots - S, -S % _TILING[0]):
+    if missing := _missing(S, blocks.slots):
         k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (k, v))
     added = () if bias is None else (jnp.pad(bias.astype(jnp.float32) * _LOG2_E, (0, -S % blocks.slots)),)
 
     tiles = -(-T * G // blocks.tile)
     q = q.reshape(T, K, G, H).transpose(1, 0, 2, 3).reshape(K, T * G, H)
-    missing = max(blocks.rows_per_group - T * G, -(T * G) % _TILING[0])  # not up to a tile: copies are cut at the end
-    q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
+    q = jnp.pad(q, ((0, 0), (0, _missing(T * G, blocks.rows_per_group)), (0, 0)))
     pos = jnp.pad(jnp.repeat(positions.astype(jnp.int32), G), (0, tiles * blocks.tile - T * G), constant_values=-1)
     steps = jnp.maximum(pos.reshape(tiles, -1).max(1), 0) // blocks.slots + 1  # a tile of padding rows takes 1
     by_group = pos.reshape(tiles, blocks.consumers, -1)
@@ -137,6 +136,11 @@ def mosaic_gpu(q: Float[Array, "T N H"], k: Float[Array, "K S H"], v: Float[Arra
     if lse is not None:
         out = _combine(*(x.reshape(blocks.splits, K, *x.shape[1:]) for x in (out, lse)))
     return out[:, : T * G].reshape(K, T, G, H).transpose(1, 0, 2, 3).reshape(T, N, H)
+
+
+def _missing(count: int, copied: int) -> int:
+    """How many more rows or slots there must be for copies of `copied` at a time, whose last one is cut at the end."""
+    return max(copied - count, -count % _TILING[0])
 
 
 def _combine(out: Float[Array, "P K T H"], lse: Float[Array, "P K T"]) -> Float[Array, "K T H"]:
